@@ -1,0 +1,39 @@
+/* threads.h - the only door to threads. */
+#ifndef BNBQ_THREADS_H
+#define BNBQ_THREADS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* One task; returns false when it ran out of memory. */
+typedef bool bnbq_task(void *context, int64_t task);
+
+/* Run task 0..tasks-1, each exactly once, in any order and on any thread; returns when all are
+ * done, false if any of them returned false. Which thread runs which task is decided at run time,
+ * so a task's result must not depend on it. Uses the process's own libgomp when that is the one
+ * OpenMP runtime loaded (so PyTorch's pool and its thread count), else a small pool of its own.
+ * Serial inside a parallel region, in a forked child, and when tasks < 2. */
+bool bnbq_parallel_for(bnbq_task *run, void *context, int64_t tasks);
+
+/* Threads that the next call from this thread would use. */
+int bnbq_thread_count(void);
+/* 0: follow the host (default). Otherwise at most this many, for the whole process. */
+void bnbq_set_thread_limit(int threads);
+/* "libgomp", "own pool" or "serial (forked child)": what the next call would use. */
+const char *bnbq_thread_backend(void);
+
+/* Scratch memory of the calling thread, 64-byte aligned, kept between calls and freed with the
+ * thread. Each slot is one buffer that only grows; its content is undefined. NULL: no memory. */
+enum {
+    BNBQ_SCRATCH_X,     /* owned by the thread that called the front: packed activations */
+    BNBQ_SCRATCH_ROW,   /* the front's row conversions, per worker */
+    BNBQ_SCRATCH_TILE,  /* the front's output tile, per worker */
+    BNBQ_SCRATCH_ABSMAX,
+    BNBQ_SCRATCH_KERNEL, /* handed to kernels as `scratch` */
+    BNBQ_SCRATCH_EXTRA,
+    BNBQ_SCRATCH_SLOTS
+};
+void *bnbq_scratch(int slot, size_t bytes);
+
+#endif
