@@ -124,6 +124,13 @@ typedef struct bnbq_s8_kernels {
                      int64_t n, int64_t cols, float *gx, int64_t ldgx, void *scratch);
 } bnbq_s8_kernels;
 
+/* The rows, one file each: kernels/<family>_<isa>.c. Which exist depends on the processor. */
+extern const bnbq_edge_kernels bnbq_edge_scalar, bnbq_edge_avx2;
+extern const bnbq_q4_kernels bnbq_q4_scalar, bnbq_q4_avx2, bnbq_q4_avx512, bnbq_q4_amx;
+extern const bnbq_q4_kernels bnbq_q4_neon;
+extern const bnbq_s8_kernels bnbq_s8_scalar, bnbq_s8_avx2, bnbq_s8_avx512vnni, bnbq_s8_amx;
+extern const bnbq_s8_kernels bnbq_s8_neon;
+
 /* registry.c: the rows of each family, slowest first, and the one in use: the last whose `needs`
  * this processor has and whose level is not above the cap. */
 const bnbq_edge_kernels *bnbq_edge(void);
@@ -135,7 +142,7 @@ const char *bnbq_isa_name(bnbq_isa isa); /* "scalar", "neon", "avx2", "avx512", 
 bool bnbq_parse_isa(const char *name, bnbq_isa *isa);
 /* Cap what is used from the next call on, for the whole process. */
 void bnbq_set_isa(bnbq_isa cap);
-bnbq_isa bnbq_get_isa(void);
+bnbq_isa bnbq_get_isa(void); /* the highest level in use under the cap */
 
 /* For listings: row i of a family ("edge", "q4", "s8"), false past the end. */
 typedef struct bnbq_row_info {

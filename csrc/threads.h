@@ -16,6 +16,10 @@ typedef bool bnbq_task(void *context, int64_t task);
  * Serial inside a parallel region, in a forked child, and when tasks < 2. */
 bool bnbq_parallel_for(bnbq_task *run, void *context, int64_t tasks);
 
+/* The same on the calling thread alone: for work too small to wake another one. Both run the tasks
+ * in the default floating-point environment, whatever the host set (flush to zero, rounding). */
+bool bnbq_serial_for(bnbq_task *run, void *context, int64_t tasks);
+
 /* Threads that the next call from this thread would use. */
 int bnbq_thread_count(void);
 /* 0: follow the host (default). Otherwise at most this many, for the whole process. */

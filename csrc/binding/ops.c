@@ -1,0 +1,630 @@
+/* ops.c - one function per operation: view the tensors, check, release the GIL, call, raise.
+ *
+ * All are positional-only; keywords, defaults and documentation live in bnbq/ops.py. Where a
+ * caller gives an int instead of `out`, the result is allocated here, of the kind, dtype and
+ * device of the input and with that many columns: for a small layer this costs half of what
+ * torch.empty does.
+ */
+#include "ops.h"
+
+#include <stdarg.h>
+#include <string.h>
+
+#include "formats.h"
+#include "kernels.h"
+
+/* The GIL is kept for less work than this, in multiplications: some 2 us for a vector kernel.
+ * Giving it up and taking it back costs 0.1 us alone, but up to 5 ms (sys.getswitchinterval) where
+ * another thread is waiting for it. */
+static const double keep_gil = 1 << 15;
+/* What a quantised or dequantised element, or a scale, counts for. */
+enum { PER_ELEMENT = 8 };
+
+#define RUN_WITHOUT_GIL(work, statement)                                                           \
+    do {                                                                                           \
+        PyThreadState *thread = (double)(work) < keep_gil ? NULL : PyEval_SaveThread();            \
+        statement;                                                                                 \
+        if (thread != NULL)                                                                        \
+            PyEval_RestoreThread(thread);                                                          \
+    } while (0)
+
+static double elements(const bnbq_arg *view) {
+    return (double)view->count * PER_ELEMENT;
+}
+
+/* ------------------------------------------------------------------ arguments */
+
+static bool begin(bnbq_call *call, PyObject *module, const char *op, Py_ssize_t got,
+                  Py_ssize_t wanted) {
+    call->op = op;
+    call->state = PyModule_GetState(module);
+    call->count = 0;
+    if (got != wanted)
+        return bnbq_fail(call, PyExc_TypeError, "got %zd arguments, wanted %zd", got, wanted);
+    return true;
+}
+
+static bool get_int(const bnbq_call *call, PyObject *object, const char *name, int64_t *value) {
+    if (!PyLong_Check(object) || PyBool_Check(object))
+        return bnbq_fail(call, PyExc_TypeError, "%s is %R, wanted an int", name, object);
+    int overflow;
+    *value = PyLong_AsLongLongAndOverflow(object, &overflow);
+    if (overflow != 0)
+        return bnbq_fail(call, PyExc_ValueError, "%s is %R, which is too large", name, object);
+    return true;
+}
+
+static bool get_blocksize(const bnbq_call *call, PyObject *object, bool zero, int64_t *value) {
+    if (!get_int(call, object, "blocksize", value))
+        return false;
+    if (bnbq_valid_blocksize(*value) || (zero && *value == 0))
+        return true;
+    return bnbq_fail(call, PyExc_ValueError,
+                     "blocksize is %R, wanted %s32, 64, 128, 256, 512, 1024, 2048 or 4096", object,
+                     zero ? "0 (one block per row), " : "");
+}
+
+static const bnbq_format *get_format(const bnbq_call *call, PyObject *object) {
+    if (!PyUnicode_Check(object)) {
+        bnbq_fail(call, PyExc_TypeError, "quant_type is %R, wanted a str", object);
+        return NULL;
+    }
+    const char *name = PyUnicode_AsUTF8AndSize(object, NULL);
+    if (name == NULL)
+        PyErr_Clear(); /* lone surrogates: no format has such a name */
+    const bnbq_format *format = name == NULL ? NULL : bnbq_find_format(name);
+    if (format == NULL) {
+        char known[64] = "";
+        for (int i = 0; i < BNBQ_FORMATS; i++) {
+            strcat(known, i == 0 ? "" : ", ");
+            strcat(known, bnbq_formats[i].name);
+        }
+        bnbq_fail(call, PyExc_ValueError, "quant_type is %R, wanted one of %s", object, known);
+    }
+    return format;
+}
+
+static bool get_compute_dtype(const bnbq_call *call, PyObject *object, bnbq_dtype other,
+                              bnbq_dtype *dtype) {
+    static const char *const names[] = {"float32", "bfloat16", "float16"};
+    *dtype = other;
+    if (object == Py_None)
+        return true;
+    if (!PyUnicode_Check(object))
+        return bnbq_fail(call, PyExc_TypeError, "compute_dtype is %R, wanted a str or None",
+                         object);
+    for (int i = BNBQ_F32; i <= BNBQ_F16; i++) {
+        if (PyUnicode_CompareWithASCIIString(object, names[i]) == 0) {
+            *dtype = (bnbq_dtype)i;
+            return true;
+        }
+    }
+    return bnbq_fail(call, PyExc_ValueError,
+                     "compute_dtype is %R, wanted 'float32', 'bfloat16', 'float16' or None",
+                     object);
+}
+
+static bool wrong_shape(const bnbq_call *call, const bnbq_arg *view, const char *wanted, ...) {
+    va_list arguments;
+    va_start(arguments, wanted);
+    PyObject *shape = bnbq_shape(view), *text = PyUnicode_FromFormatV(wanted, arguments);
+    va_end(arguments);
+    if (shape != NULL && text != NULL)
+        bnbq_fail(call, PyExc_ValueError, "%s has shape %S, wanted %U", view->name, shape, text);
+    Py_XDECREF(shape);
+    Py_XDECREF(text);
+    return false;
+}
+
+static bool expect_count(const bnbq_call *call, const bnbq_arg *view, int64_t count) {
+    if (view->count == count)
+        return true;
+    return wrong_shape(call, view, "%lld elements", (long long)count);
+}
+
+static int64_t ceil_div(int64_t count, int64_t step) {
+    return count / step + (count % step != 0);
+}
+
+/* n * k, which must be a possible number of elements. */
+static bool get_size(const bnbq_call *call, int64_t n, int64_t k, int64_t *size) {
+    if (!__builtin_mul_overflow(n, k, size))
+        return true;
+    return bnbq_fail(call, PyExc_ValueError, "a weight [n = %lld, k = %lld] is too large",
+                     (long long)n, (long long)k);
+}
+
+/* ------------------------------------------------------------------ weights */
+
+/* qweight, absmax, absmax2 | None, offset | None */
+typedef struct packed4 {
+    bnbq_arg *qweight, *absmax, *absmax2, *offset;
+} packed4;
+
+static bool view_scales(bnbq_call *call, PyObject *const *args, packed4 *packed) {
+    bool nested = args[1] != Py_None;
+    if (nested != (args[2] != Py_None))
+        return bnbq_fail(call, PyExc_TypeError, "%s is None and %s is not; wanted both or none",
+                         nested ? "absmax_offset" : "absmax2",
+                         nested ? "absmax2" : "absmax_offset");
+    packed->absmax = bnbq_packed_input(call, args[0], "absmax", nested ? BNBQ_IS_U8 : BNBQ_IS_F32);
+    packed->absmax2 = packed->offset = NULL;
+    if (packed->absmax == NULL || !nested)
+        return packed->absmax != NULL;
+    packed->absmax2 = bnbq_packed_input(call, args[1], "absmax2", BNBQ_IS_F32);
+    if (packed->absmax2 == NULL)
+        return false;
+    packed->offset = bnbq_packed_input(call, args[2], "absmax_offset", BNBQ_IS_F32);
+    return packed->offset != NULL;
+}
+
+static bool view_packed4(bnbq_call *call, PyObject *const *args, packed4 *packed) {
+    packed->qweight = bnbq_packed_input(call, args[0], "qweight", BNBQ_IS_U8);
+    return packed->qweight != NULL && view_scales(call, args + 1, packed);
+}
+
+static bool check_scales(const bnbq_call *call, const packed4 *packed, int64_t count,
+                         bnbq_absmax *absmax) {
+    *absmax = (bnbq_absmax){0};
+    if (!expect_count(call, packed->absmax, count))
+        return false;
+    if (packed->absmax2 == NULL) {
+        absmax->absmax = packed->absmax->dl.data;
+        return true;
+    }
+    if (!expect_count(call, packed->absmax2, ceil_div(count, BNBQ_ABSMAX_BLOCK)) ||
+        !expect_count(call, packed->offset, 1))
+        return false;
+    absmax->codes = packed->absmax->dl.data;
+    absmax->absmax2 = packed->absmax2->dl.data;
+    absmax->offset = packed->offset->dl.data;
+    return true;
+}
+
+/* The weight [n, k] that these tensors hold, or an error. `n_from` and `k_from` name the arguments
+ * that n and k were read from. A matrix of bytes must be [n, k/2]; a vector or a single column
+ * (bitsandbytes' shape) must have as many bytes. */
+static bool check_packed4(const bnbq_call *call, const packed4 *packed, const char *n_from,
+                          int64_t n, const char *k_from, int64_t k, const bnbq_format *format,
+                          int64_t blocksize, bnbq_weight4 *w) {
+    const DLTensor *q = &packed->qweight->dl;
+    if (n_from != NULL && q->ndim == 2 && q->shape[1] > 1) {
+        if (k != q->shape[1] * 2)
+            return bnbq_fail(call, PyExc_ValueError, "%s has %lld columns, the weight has k = %lld",
+                             k_from, (long long)k, (long long)q->shape[1] * 2);
+        if (n != q->shape[0])
+            return bnbq_fail(call, PyExc_ValueError, "%s has %lld columns, the weight has n = %lld",
+                             n_from, (long long)n, (long long)q->shape[0]);
+    }
+    int64_t size;
+    if (!get_size(call, n, k, &size))
+        return false;
+    if (packed->qweight->count != ceil_div(size, 2))
+        return wrong_shape(call, packed->qweight, "%lld bytes for a weight [n = %lld, k = %lld]",
+                           (long long)ceil_div(size, 2), (long long)n, (long long)k);
+    *w = (bnbq_weight4){
+        .qweight = q->data, .format = format, .n = n, .k = k, .blocksize = blocksize};
+    return check_scales(call, packed, ceil_div(size, blocksize), &w->absmax);
+}
+
+/* qweight i8[n, k], absmax f32[n] or f32[n, ceil(k / blocksize)] */
+static bool check_packed8(const bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
+                          int64_t blocksize, bnbq_weight8 *w) {
+    if (qweight->dl.ndim != 2)
+        return wrong_shape(call, qweight, "(n, k)");
+    int64_t n = qweight->dl.shape[0], k = qweight->dl.shape[1], count;
+    if (!get_size(call, n, blocksize == 0 ? 1 : ceil_div(k, blocksize), &count) ||
+        !expect_count(call, absmax, count))
+        return false;
+    *w = (bnbq_weight8){.qweight = qweight->dl.data,
+                        .absmax = absmax->dl.data,
+                        .n = n,
+                        .k = k,
+                        .blocksize = blocksize};
+    return true;
+}
+
+/* ------------------------------------------------------------------ activations */
+
+static int64_t columns(const bnbq_arg *view) {
+    return view->dl.shape[view->dl.ndim - 1];
+}
+
+static bool has_columns(const bnbq_call *call, const bnbq_arg *view) {
+    return view->dl.ndim > 0 || wrong_shape(call, view, "at least one dimension");
+}
+
+static bool same_rows(const bnbq_call *call, const bnbq_arg *x, const bnbq_arg *out) {
+    bool same = x->dl.ndim == out->dl.ndim;
+    for (int i = 0; same && i < x->dl.ndim - 1; i++)
+        same = x->dl.shape[i] == out->dl.shape[i];
+    if (same)
+        return true;
+    PyObject *shape = bnbq_shape(x);
+    if (shape != NULL)
+        wrong_shape(call, out, "the leading dimensions of %s, %S", x->name, shape);
+    Py_XDECREF(shape);
+    return false;
+}
+
+static PyObject *none(void) {
+    Py_INCREF(Py_None);
+    return Py_None;
+}
+
+/* The output: a tensor, or for `object` an int a new one like x with that many columns, or for None
+ * one with `width` columns (-1: None is not allowed). *result is what to return to Python. */
+static bnbq_arg *view_result(bnbq_call *call, PyObject *object, PyObject *x_object,
+                             const bnbq_arg *x, int64_t width, PyObject **result) {
+    bool is_none = object == Py_None && width >= 0;
+    if (!is_none && !PyLong_Check(object)) {
+        *result = none();
+        return bnbq_output(call, object, "out", BNBQ_IS_FLOAT);
+    }
+    if (!is_none && !get_int(call, object, "out", &width))
+        return NULL;
+    if (width < 0) {
+        bnbq_fail(call, PyExc_ValueError, "out is %R, wanted at least 0 columns", object);
+        return NULL;
+    }
+    *result = bnbq_allocate(call, x_object, x, width);
+    return *result == NULL ? NULL : bnbq_output(call, *result, "out", BNBQ_IS_FLOAT);
+}
+
+static bool view_bias(bnbq_call *call, PyObject *object, int64_t n, bnbq_tensor *storage,
+                      bnbq_tensor **bias) {
+    *bias = NULL;
+    if (object == Py_None)
+        return true;
+    bnbq_arg *view = bnbq_input(call, object, "bias", BNBQ_IS_FLOAT);
+    if (view == NULL)
+        return false;
+    if (view->dl.ndim != 1 || view->count != n)
+        return wrong_shape(call, view, "(%lld,)", (long long)n);
+    *bias = storage;
+    return bnbq_rows(call, view, storage);
+}
+
+static PyObject *finish(bnbq_call *call, bnbq_status status, PyObject *result) {
+    if (status == BNBQ_NO_MEMORY) {
+        bnbq_fail(call, PyExc_MemoryError, "no memory for working space");
+        Py_CLEAR(result);
+    }
+    bnbq_release(call);
+    return result;
+}
+
+static PyObject *abandon(bnbq_call *call, PyObject *result) {
+    bnbq_release(call);
+    Py_XDECREF(result);
+    return NULL;
+}
+
+/* "w has nan at index (3, 17)" */
+static void not_finite(const bnbq_call *call, const bnbq_arg *view, int64_t flat) {
+    const char *element = view->dl.data;
+    const int size = view->dtype == BNBQ_F32 ? 4 : 2;
+    PyObject *index = PyTuple_New(view->dl.ndim);
+    for (int i = view->dl.ndim - 1; index != NULL && i >= 0; i--) {
+        int64_t position = flat % view->dl.shape[i];
+        flat /= view->dl.shape[i];
+        element += position * view->dl.strides[i] * size;
+        PyObject *item = PyLong_FromLongLong(position);
+        if (item == NULL || PyTuple_SetItem(index, i, item) < 0)
+            Py_CLEAR(index);
+    }
+    if (index == NULL)
+        return;
+    uint32_t bits = 0, infinity = view->dtype == BNBQ_F16 ? 0x7c000000 : 0x7f800000;
+    memcpy((char *)&bits + 4 - size, element, (size_t)size); /* little endian: the upper half */
+    bnbq_fail(call, PyExc_ValueError, "%s has %s at index %S", view->name,
+              (bits & 0x7fffffff) > infinity ? "nan"
+              : bits >> 31                   ? "-inf"
+                                             : "inf",
+              index);
+    Py_DECREF(index);
+}
+
+/* ------------------------------------------------------------------ 4 bit */
+
+PyObject *bnbq_py_quantize_4bit(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    bnbq_arg *w, *qweight, *absmax;
+    const bnbq_format *format;
+    int64_t blocksize, bad = 0;
+    bnbq_tensor rows;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "quantize_4bit", nargs, 5))
+        return NULL;
+    if (!(w = bnbq_input(&call, args[0], "w", BNBQ_IS_FLOAT)) ||
+        !(qweight = bnbq_packed_output(&call, args[1], "qweight", BNBQ_IS_U8)) ||
+        !(absmax = bnbq_packed_output(&call, args[2], "absmax", BNBQ_IS_F32)) ||
+        !(format = get_format(&call, args[3])) ||
+        !get_blocksize(&call, args[4], false, &blocksize) ||
+        !expect_count(&call, qweight, ceil_div(w->count, 2)) ||
+        !expect_count(&call, absmax, ceil_div(w->count, blocksize)) || !bnbq_finish(&call) ||
+        !bnbq_rows(&call, w, &rows))
+        return abandon(&call, NULL);
+    if (w->count > 0)
+        RUN_WITHOUT_GIL(elements(w),
+                        status = bnbq_quantize_4bit(&rows, format, blocksize, qweight->dl.data,
+                                                    absmax->dl.data, &bad));
+    if (status == BNBQ_NOT_FINITE) {
+        not_finite(&call, w, bad);
+        return abandon(&call, NULL);
+    }
+    return finish(&call, status, none());
+}
+
+PyObject *bnbq_py_dequantize_4bit(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    packed4 packed;
+    bnbq_arg *out;
+    const bnbq_format *format;
+    int64_t blocksize;
+    bnbq_weight4 w;
+    bnbq_tensor rows;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "dequantize_4bit", nargs, 7))
+        return NULL;
+    if (!view_packed4(&call, args, &packed) ||
+        !(out = bnbq_output(&call, args[4], "out", BNBQ_IS_FLOAT)) ||
+        !(format = get_format(&call, args[5])) ||
+        !get_blocksize(&call, args[6], false, &blocksize) || !has_columns(&call, out) ||
+        !check_packed4(&call, &packed, NULL, columns(out) == 0 ? 0 : out->count / columns(out),
+                       NULL, columns(out), format, blocksize, &w) ||
+        !bnbq_finish(&call) || !bnbq_rows(&call, out, &rows))
+        return abandon(&call, NULL);
+    if (out->count > 0)
+        RUN_WITHOUT_GIL(elements(out), status = bnbq_dequantize_4bit(&w, &rows));
+    return finish(&call, status, none());
+}
+
+PyObject *bnbq_py_quantize_absmax(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    bnbq_arg *absmax, *codes, *absmax2, *offset;
+    bnbq_status status;
+
+    if (!begin(&call, module, "quantize_absmax", nargs, 4))
+        return NULL;
+    if (!(absmax = bnbq_packed_input(&call, args[0], "absmax", BNBQ_IS_F32)) ||
+        !(codes = bnbq_packed_output(&call, args[1], "codes", BNBQ_IS_U8)) ||
+        !(absmax2 = bnbq_packed_output(&call, args[2], "absmax2", BNBQ_IS_F32)) ||
+        !(offset = bnbq_packed_output(&call, args[3], "absmax_offset", BNBQ_IS_F32)) ||
+        !expect_count(&call, codes, absmax->count) ||
+        !expect_count(&call, absmax2, ceil_div(absmax->count, BNBQ_ABSMAX_BLOCK)) ||
+        !expect_count(&call, offset, 1) || !bnbq_finish(&call))
+        return abandon(&call, NULL);
+    RUN_WITHOUT_GIL(elements(absmax),
+                    status = bnbq_quantize_absmax(absmax->dl.data, absmax->count, codes->dl.data,
+                                                  absmax2->dl.data, offset->dl.data));
+    return finish(&call, status, none());
+}
+
+PyObject *bnbq_py_dequantize_absmax(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    packed4 packed;
+    bnbq_arg *out;
+    bnbq_absmax absmax;
+
+    if (!begin(&call, module, "dequantize_absmax", nargs, 4))
+        return NULL;
+    for (int i = 1; i < 3; i++) {
+        if (args[i] == Py_None) {
+            bnbq_fail(&call, PyExc_TypeError, "%s is None, wanted a tensor",
+                      i == 1 ? "absmax2" : "absmax_offset");
+            return NULL;
+        }
+    }
+    if (!view_scales(&call, args, &packed) ||
+        !(out = bnbq_packed_output(&call, args[3], "out", BNBQ_IS_F32)) ||
+        !expect_count(&call, out, packed.absmax->count) ||
+        !check_scales(&call, &packed, packed.absmax->count, &absmax) || !bnbq_finish(&call))
+        return abandon(&call, NULL);
+    RUN_WITHOUT_GIL(elements(out), bnbq_load_absmax(&absmax, 0, out->count, out->dl.data));
+    return finish(&call, BNBQ_OK, none());
+}
+
+PyObject *bnbq_py_linear4bit(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    packed4 packed;
+    bnbq_arg *x, *out;
+    const bnbq_format *format;
+    bnbq_dtype compute;
+    int64_t blocksize;
+    bnbq_weight4 w;
+    bnbq_tensor x_rows, out_rows, bias_row, *bias;
+    PyObject *result = NULL;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "linear4bit", nargs, 10))
+        return NULL;
+    if (!(x = bnbq_input(&call, args[0], "x", BNBQ_IS_FLOAT)) || !has_columns(&call, x) ||
+        !view_packed4(&call, args + 1, &packed) ||
+        !(out = view_result(&call, args[6], args[0], x, -1, &result)) ||
+        !same_rows(&call, x, out) || !(format = get_format(&call, args[7])) ||
+        !get_blocksize(&call, args[8], false, &blocksize) ||
+        !get_compute_dtype(&call, args[9], x->dtype, &compute) ||
+        !check_packed4(&call, &packed, "out", columns(out), "x", columns(x), format, blocksize,
+                       &w) ||
+        !view_bias(&call, args[5], w.n, &bias_row, &bias) || !bnbq_finish(&call) ||
+        !bnbq_rows(&call, x, &x_rows) || !bnbq_rows(&call, out, &out_rows))
+        return abandon(&call, result);
+    if (out->count > 0)
+        RUN_WITHOUT_GIL((double)x->count * (double)w.n,
+                        status = bnbq_linear_4bit(&x_rows, &w, bias, compute, &out_rows));
+    return finish(&call, status, result);
+}
+
+PyObject *bnbq_py_linear4bit_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    packed4 packed;
+    bnbq_arg *gy, *out;
+    const bnbq_format *format;
+    bnbq_dtype compute;
+    int64_t blocksize;
+    bnbq_weight4 w;
+    bnbq_tensor gy_rows, out_rows;
+    PyObject *result = NULL;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "linear4bit_backward", nargs, 9))
+        return NULL;
+    if (!(gy = bnbq_input(&call, args[0], "gy", BNBQ_IS_FLOAT)) || !has_columns(&call, gy) ||
+        !view_packed4(&call, args + 1, &packed) ||
+        !(out = view_result(&call, args[5], args[0], gy, -1, &result)) ||
+        !same_rows(&call, gy, out) || !(format = get_format(&call, args[6])) ||
+        !get_blocksize(&call, args[7], false, &blocksize) ||
+        !get_compute_dtype(&call, args[8], gy->dtype, &compute) ||
+        !check_packed4(&call, &packed, "gy", columns(gy), "out", columns(out), format, blocksize,
+                       &w) ||
+        !bnbq_finish(&call) || !bnbq_rows(&call, gy, &gy_rows) || !bnbq_rows(&call, out, &out_rows))
+        return abandon(&call, result);
+    if (out->count > 0)
+        RUN_WITHOUT_GIL((double)gy->count * (double)w.k,
+                        status = bnbq_linear_4bit_backward(&gy_rows, &w, compute, &out_rows));
+    return finish(&call, status, result);
+}
+
+/* ------------------------------------------------------------------ 8 bit */
+
+PyObject *bnbq_py_quantize_8bit(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    bnbq_arg *w, *qweight, *absmax;
+    int64_t blocksize, bad = 0;
+    bnbq_weight8 packed;
+    bnbq_tensor rows;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "quantize_8bit", nargs, 4))
+        return NULL;
+    if (!(w = bnbq_input(&call, args[0], "w", BNBQ_IS_FLOAT)) ||
+        !(qweight = bnbq_packed_output(&call, args[1], "qweight", BNBQ_IS_I8)) ||
+        !(absmax = bnbq_packed_output(&call, args[2], "absmax", BNBQ_IS_F32)) ||
+        !get_blocksize(&call, args[3], true, &blocksize) ||
+        !check_packed8(&call, qweight, absmax, blocksize, &packed))
+        return abandon(&call, NULL);
+    if (w->dl.ndim != 2 || w->dl.shape[0] != packed.n || w->dl.shape[1] != packed.k) {
+        wrong_shape(&call, w, "that of qweight, (%lld, %lld)", (long long)packed.n,
+                    (long long)packed.k);
+        return abandon(&call, NULL);
+    }
+    if (!bnbq_finish(&call) || !bnbq_rows(&call, w, &rows))
+        return abandon(&call, NULL);
+    RUN_WITHOUT_GIL(elements(w), status = bnbq_quantize_8bit(&rows, blocksize, qweight->dl.data,
+                                                             absmax->dl.data, &bad));
+    if (status == BNBQ_NOT_FINITE) {
+        not_finite(&call, w, bad);
+        return abandon(&call, NULL);
+    }
+    return finish(&call, status, none());
+}
+
+PyObject *bnbq_py_dequantize_8bit(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    bnbq_arg *qweight, *absmax, *out;
+    int64_t blocksize;
+    bnbq_weight8 packed;
+    bnbq_tensor rows;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "dequantize_8bit", nargs, 4))
+        return NULL;
+    if (!(qweight = bnbq_packed_input(&call, args[0], "qweight", BNBQ_IS_I8)) ||
+        !(absmax = bnbq_packed_input(&call, args[1], "absmax", BNBQ_IS_F32)) ||
+        !(out = bnbq_output(&call, args[2], "out", BNBQ_IS_FLOAT)) ||
+        !get_blocksize(&call, args[3], true, &blocksize) ||
+        !check_packed8(&call, qweight, absmax, blocksize, &packed))
+        return abandon(&call, NULL);
+    if (out->dl.ndim != 2 || out->dl.shape[0] != packed.n || out->dl.shape[1] != packed.k) {
+        wrong_shape(&call, out, "that of qweight, (%lld, %lld)", (long long)packed.n,
+                    (long long)packed.k);
+        return abandon(&call, NULL);
+    }
+    if (!bnbq_finish(&call) || !bnbq_rows(&call, out, &rows))
+        return abandon(&call, NULL);
+    if (out->count > 0)
+        RUN_WITHOUT_GIL(elements(out), status = bnbq_dequantize_8bit(&packed, &rows));
+    return finish(&call, status, none());
+}
+
+PyObject *bnbq_py_linear8bitlt(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    bnbq_arg *x, *qweight, *absmax, *out;
+    int64_t blocksize;
+    bnbq_weight8 w;
+    bnbq_tensor x_rows, out_rows, bias_row, *bias;
+    PyObject *result = NULL;
+    double threshold;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "linear8bitlt", nargs, 7))
+        return NULL;
+    threshold = PyFloat_AsDouble(args[5]);
+    if (threshold == -1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        bnbq_fail(&call, PyExc_TypeError, "threshold is %R, wanted a float", args[5]);
+        return NULL;
+    }
+    if (!(threshold >= 0)) {
+        bnbq_fail(&call, PyExc_ValueError, "threshold is %R, wanted at least 0", args[5]);
+        return NULL;
+    }
+    if (!(x = bnbq_input(&call, args[0], "x", BNBQ_IS_FLOAT)) || !has_columns(&call, x) ||
+        !(qweight = bnbq_packed_input(&call, args[1], "qweight", BNBQ_IS_I8)) ||
+        !(absmax = bnbq_packed_input(&call, args[2], "absmax", BNBQ_IS_F32)) ||
+        !get_blocksize(&call, args[6], true, &blocksize) ||
+        !check_packed8(&call, qweight, absmax, blocksize, &w) ||
+        !(out = view_result(&call, args[4], args[0], x, w.n, &result)) || !same_rows(&call, x, out))
+        return abandon(&call, result);
+    if (columns(x) != w.k || columns(out) != w.n) {
+        const bnbq_arg *wrong = columns(x) != w.k ? x : out;
+        bnbq_fail(&call, PyExc_ValueError, "%s has %lld columns, the weight has %s = %lld",
+                  wrong->name, (long long)columns(wrong), wrong == x ? "k" : "n",
+                  (long long)(wrong == x ? w.k : w.n));
+        return abandon(&call, result);
+    }
+    if (!view_bias(&call, args[3], w.n, &bias_row, &bias) || !bnbq_finish(&call) ||
+        !bnbq_rows(&call, x, &x_rows) || !bnbq_rows(&call, out, &out_rows))
+        return abandon(&call, result);
+    if (out->count > 0)
+        RUN_WITHOUT_GIL((double)x->count * (double)w.n,
+                        status = bnbq_linear_8bit(&x_rows, &w, bias, (float)threshold, &out_rows));
+    return finish(&call, status, result);
+}
+
+PyObject *bnbq_py_linear8bitlt_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    bnbq_arg *gy, *qweight, *absmax, *out;
+    int64_t blocksize;
+    bnbq_weight8 w;
+    bnbq_tensor gy_rows, out_rows;
+    PyObject *result = NULL;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "linear8bitlt_backward", nargs, 5))
+        return NULL;
+    if (!(gy = bnbq_input(&call, args[0], "gy", BNBQ_IS_FLOAT)) || !has_columns(&call, gy) ||
+        !(qweight = bnbq_packed_input(&call, args[1], "qweight", BNBQ_IS_I8)) ||
+        !(absmax = bnbq_packed_input(&call, args[2], "absmax", BNBQ_IS_F32)) ||
+        !get_blocksize(&call, args[4], true, &blocksize) ||
+        !check_packed8(&call, qweight, absmax, blocksize, &w) ||
+        !(out = view_result(&call, args[3], args[0], gy, w.k, &result)) ||
+        !same_rows(&call, gy, out))
+        return abandon(&call, result);
+    if (columns(gy) != w.n || columns(out) != w.k) {
+        const bnbq_arg *wrong = columns(gy) != w.n ? gy : out;
+        bnbq_fail(&call, PyExc_ValueError, "%s has %lld columns, the weight has %s = %lld",
+                  wrong->name, (long long)columns(wrong), wrong == gy ? "n" : "k",
+                  (long long)(wrong == gy ? w.n : w.k));
+        return abandon(&call, result);
+    }
+    if (!bnbq_finish(&call) || !bnbq_rows(&call, gy, &gy_rows) || !bnbq_rows(&call, out, &out_rows))
+        return abandon(&call, result);
+    if (out->count > 0)
+        RUN_WITHOUT_GIL((double)gy->count * (double)w.k,
+                        status = bnbq_linear_8bit_backward(&gy_rows, &w, &out_rows));
+    return finish(&call, status, result);
+}

@@ -1,0 +1,15 @@
+/* ops.h - the operations as Python functions (METH_FASTCALL), for the method table of module.c. */
+#ifndef BNBQ_BINDING_OPS_H
+#define BNBQ_BINDING_OPS_H
+
+#include "tensor.h"
+
+typedef PyObject *bnbq_py_function(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+
+bnbq_py_function bnbq_py_quantize_4bit, bnbq_py_dequantize_4bit;
+bnbq_py_function bnbq_py_quantize_absmax, bnbq_py_dequantize_absmax;
+bnbq_py_function bnbq_py_quantize_8bit, bnbq_py_dequantize_8bit;
+bnbq_py_function bnbq_py_linear4bit, bnbq_py_linear4bit_backward;
+bnbq_py_function bnbq_py_linear8bitlt, bnbq_py_linear8bitlt_backward;
+
+#endif

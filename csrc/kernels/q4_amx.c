@@ -1,0 +1,336 @@
+/* q4_amx.c - 4-bit weights times bf16 activations on AMX tiles (Sapphire Rapids and later).
+ *
+ * W is the A operand in its stored order, x the B operand, packed once in the same order, C = y
+ * transposed. 64 bytes of a row of W are 32 words of four weights: shifted right by 0, 4, 8 and 12
+ * they index a 32-entry table directly (vpermw looks at five bits) and give four rows of A tiles
+ * with the elements 4j + {1, 0, 3, 2}, j < 32. No mask, no widening, no interleaving. The table
+ * holds codebook * absmax in fp32, rounded once to bf16: the very values of a bf16 dequantised
+ * weight. Sums are fp32, in the same order for every m: C is kept in tiles or spilled in fp32.
+ *
+ * Decoded tiles live in two chunks in L1. While one is multiplied the next is decoded, a few rows
+ * after each step: decoding and multiplying use different parts of the core.
+ *
+ * Sources: Intel SDM (see amx_tiles.h); the layout is bitsandbytes'. History: measured as bare
+ * loops before this file existed, 4096 x 4096 from DRAM, one thread of a 3.8 GHz core: m = 16
+ * 0.97 ms (2 x 1 tiles), m = 64 1.60 ms (2 x 2, 128 columns, interleaved; 1.85 without), m = 256
+ * 6.6 ms (256 columns; 512 lost a third). A 256 KB ring, wide B tiles at small m and prefetching
+ * along each row instead of linearly all lost. This file itself has only run emulated.
+ */
+#include "../kernels.h"
+#include "amx_tiles.h"
+
+#include <assert.h>
+
+#if !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512BF16__)
+#error "compile with -mavx2 -mfma -mf16c -mavx512{f,bw,dq,vl,vnni,bf16} -mamx-{tile,int8,bf16}"
+#endif
+
+enum {
+    GROUP = 128,          /* weights decoded at once: 64 bytes, four rows of A */
+    STEPS = 4,            /* tile steps per group */
+    ROWS = 2 * AMX_PANEL, /* rows of W per panel */
+    CHUNK_GROUPS = 2,     /* at most, in one chunk of decoded tiles */
+    CHUNK = CHUNK_GROUPS * STEPS * 2 * AMX_TILE_BYTES,
+};
+
+static int64_t groups_of(int64_t k) {
+    return (k + GROUP - 1) / GROUP;
+}
+
+static int64_t panels_of(int64_t m) {
+    return (m + AMX_PANEL - 1) / AMX_PANEL;
+}
+
+/* ------------------------------------------------------------------ packing x */
+
+/* Bytes of one panel: 16 rows of x as [k / 2 pairs][16 columns], padded to whole groups. */
+static int64_t panel_bytes(int64_t k, int64_t width) {
+    return groups_of(k) * STEPS * AMX_PANEL * width;
+}
+
+static size_t packed_bytes_q4_amx(int64_t m, int64_t k) {
+    return panels_of(m) * panel_bytes(k, amx_width(m));
+}
+
+/* Row i is column i % 16 of its panel; columns without a row keep what was there, and the columns
+ * of C that they give are never stored. The four words 4j + q of eight neighbouring elements that
+ * make one pair (j = 2p, 2p + 1) in each of the four steps are first brought together. */
+static void pack_q4_amx(const float *x, int64_t i, int64_t m, int64_t k, void *packed) {
+    assert(i >= 0 && i < m && m <= BNBQ_TILE_M && k % 32 == 0);
+    const int64_t width = amx_width(m);
+    uint8_t *out = (uint8_t *)packed + i / AMX_PANEL * panel_bytes(k, width) + i % AMX_PANEL * 4;
+    const __m512i pairs =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 10, 11, 0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13));
+    const __m512i lanes = _mm512_setr_epi32(0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35,
+                                            51); /* pair p of step s: row 16 s + p */
+    const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)width));
+    for (int64_t j = 0; j < groups_of(k) * GROUP; j += 32) {
+        __m512i pair = _mm512_setzero_si512();
+        if (j < k)
+            pair =
+                (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + j + 16), _mm512_loadu_ps(x + j));
+        pair = _mm512_shuffle_epi8(pair, pairs);
+        uint8_t *to = out + (j / GROUP * STEPS * AMX_PANEL + j % GROUP / 8) * width;
+        _mm512_i32scatter_epi32(to, rows, pair, 1);
+    }
+}
+
+/* ------------------------------------------------------------------ decoding W */
+
+/* bf16 tables of `scales` blocks' weights, two in each vector (low and high 16 words). */
+static inline void scaled_tables(const float *codebook, const float *absmax, int scales,
+                                 int64_t left, __m512i table[2]) {
+    const __m512 values = _mm512_loadu_ps(codebook);
+    __m512 v[4];
+    for (int i = 0; i < scales; i++)
+        v[i] = _mm512_mul_ps(values, _mm512_set1_ps(i < left ? absmax[i] : 0.0f));
+    table[0] = (__m512i)_mm512_cvtne2ps_pbh(v[scales > 1], v[0]);
+    table[1] = scales > 2 ? (__m512i)_mm512_cvtne2ps_pbh(v[3], v[2]) : table[0];
+}
+
+/* 64 bytes (the last group of a row may have 16, 32 or 48) to one row of four A tiles, which are
+ * 2 * AMX_TILE_BYTES apart. `scales` is a constant where this is inlined: blocks per group. */
+static inline void decode_group(const uint8_t *q, int64_t bytes, const float *codebook,
+                                const float *absmax, int scales, int64_t left, uint8_t *out) {
+    const __mmask32 valid = bytes >= 64 ? 0xffffffff : (1u << bytes / 2) - 1;
+    const __m512i words = _mm512_maskz_loadu_epi16(valid, q);
+    const __m512i nibble = _mm512_set1_epi16(15);
+    /* Bits of the index above the nibble: which block of the group word j is in. */
+    const __m512i block =
+        scales == 2
+            ? _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1)
+            : _mm512_set_epi64(0x0030003000300030, 0x0030003000300030, 0x0020002000200020,
+                               0x0020002000200020, 0x0010001000100010, 0x0010001000100010, 0, 0);
+    __m512i table[2];
+    scaled_tables(codebook, absmax, scales, left, table);
+    const __m512i shifted[STEPS] = {words, _mm512_srli_epi16(words, 4), _mm512_srli_epi16(words, 8),
+                                    _mm512_srli_epi16(words, 12)};
+    for (int s = 0; s < STEPS; s++) {
+        __m512i index = shifted[s];
+        if (scales > 1) /* index & nibble | block */
+            index = _mm512_ternarylogic_epi64(index, nibble, block, 0xea);
+        const __m512i row = scales > 2
+                                ? _mm512_maskz_permutex2var_epi16(valid, table[0], index, table[1])
+                                : _mm512_maskz_permutexvar_epi16(valid, index, table[0]);
+        _mm512_store_si512(out + s * 2 * AMX_TILE_BYTES, row);
+    }
+}
+
+/* Decodes a panel in the order of its chunks, some (row, group) units at a time. */
+typedef struct decoder {
+    const bnbq_q4_rows *w;
+    int64_t row, rows; /* the panel: rows of w */
+    int64_t group, chunk_groups;
+    int64_t unit; /* next unit of this chunk */
+    const uint8_t *ahead;
+    uint8_t *ring; /* two chunks: tile [group][step][row / 16] */
+} decoder;
+
+static int64_t units_of_chunk(const decoder *d) {
+    const int64_t left = groups_of(d->w->k) - d->group;
+    return (left < d->chunk_groups ? left : d->chunk_groups) * d->rows;
+}
+
+static void decode_unit(decoder *d, int64_t chunk_groups) {
+    const bnbq_q4_rows *w = d->w;
+    const int64_t r = d->unit / chunk_groups, g = d->unit % chunk_groups;
+    const int64_t row = d->row + r, group = d->group + g, column = group * GROUP;
+    const int64_t blocks = w->k / w->blocksize, first = column / w->blocksize;
+    const uint8_t *q = w->qweight + row * (w->k / 2) + column / 2;
+    const float *absmax = w->absmax + row * blocks + first;
+    const int64_t bytes = (w->k - column) / 2, left = blocks - first;
+    uint8_t *out = d->ring + (d->group / d->chunk_groups & 1) * CHUNK +
+                   (g * STEPS * 2 + r / AMX_PANEL) * AMX_TILE_BYTES + r % AMX_PANEL * 64;
+    /* One line of the next panel per unit, in the order of DRAM and not in that of the chunks. */
+    _mm_prefetch((const char *)d->ahead, _MM_HINT_T1);
+    d->ahead += 64;
+    d->unit++;
+    if (w->blocksize >= GROUP)
+        decode_group(q, bytes, w->codebook, absmax, 1, left, out);
+    else if (w->blocksize == 64)
+        decode_group(q, bytes, w->codebook, absmax, 2, left, out);
+    else
+        decode_group(q, bytes, w->codebook, absmax, 4, left, out);
+}
+
+static void decode_some(decoder *d, int64_t count) {
+    const int64_t units = units_of_chunk(d);
+    for (; count > 0 && d->unit < units; count--)
+        decode_unit(d, units / d->rows);
+}
+
+/* ------------------------------------------------------------------ the product */
+
+/* Add `steps` tile steps to the block C, decoding `share` units of the next chunk after each. */
+static inline void multiply(int wide, int tall, const uint8_t *a, const uint8_t *b0,
+                            const uint8_t *b1, int64_t width, int64_t steps, decoder *next,
+                            int64_t share) {
+    for (int64_t s = 0; s < steps; s++) {
+        const uint8_t *tiles = a + s * 2 * AMX_TILE_BYTES;
+        amx_load(AMX_A0, tiles, 64);
+        amx_load(AMX_B0, b0 + s * AMX_PANEL * width, width);
+        amx_dp_bf16(AMX_C00, AMX_A0, AMX_B0);
+        if (wide) {
+            amx_load(AMX_B1, b1 + s * AMX_PANEL * width, width);
+            amx_dp_bf16(AMX_C01, AMX_A0, AMX_B1);
+        }
+        if (tall) {
+            amx_load(AMX_A1, tiles + AMX_TILE_BYTES, 64);
+            amx_dp_bf16(AMX_C10, AMX_A1, AMX_B0);
+            if (wide)
+                amx_dp_bf16(AMX_C11, AMX_A1, AMX_B1);
+        }
+        decode_some(next, share);
+    }
+}
+
+static inline void zero_block(int wide, int tall) {
+    amx_zero(AMX_C00);
+    if (wide)
+        amx_zero(AMX_C01);
+    if (tall)
+        amx_zero(AMX_C10);
+    if (wide && tall)
+        amx_zero(AMX_C11);
+}
+
+static inline void load_block(int wide, int tall, const uint8_t *c) {
+    amx_load(AMX_C00, c, 64);
+    if (wide)
+        amx_load(AMX_C01, c + AMX_TILE_BYTES, 64);
+    if (tall)
+        amx_load(AMX_C10, c + 2 * AMX_TILE_BYTES, 64);
+    if (wide && tall)
+        amx_load(AMX_C11, c + 3 * AMX_TILE_BYTES, 64);
+}
+
+static inline void store_block(int wide, int tall, uint8_t *c) {
+    amx_store(AMX_C00, c, 64);
+    if (wide)
+        amx_store(AMX_C01, c + AMX_TILE_BYTES, 64);
+    if (tall)
+        amx_store(AMX_C10, c + 2 * AMX_TILE_BYTES, 64);
+    if (wide && tall)
+        amx_store(AMX_C11, c + 3 * AMX_TILE_BYTES, 64);
+}
+
+/* y[m, rows of the panel]; the pairs of x panels share each decoded chunk. */
+static void run_panel(const uint8_t *packed, int64_t m, decoder *d, float *y, int64_t ldy,
+                      uint8_t *c) {
+    const int64_t k = d->w->k, width = amx_width(m), panels = panels_of(m);
+    const int64_t pairs = (panels + 1) / 2, groups = groups_of(k), bytes = panel_bytes(k, width);
+    const int tall = d->rows > AMX_PANEL;
+    decode_some(d, units_of_chunk(d));
+    for (int64_t g = 0; g < groups; g += d->chunk_groups) {
+        const uint8_t *a = d->ring + (g / d->chunk_groups & 1) * CHUNK;
+        const int64_t left = groups - g;
+        const int64_t steps = (left < d->chunk_groups ? left : d->chunk_groups) * STEPS;
+        d->group = g + d->chunk_groups < groups ? g + d->chunk_groups : groups;
+        d->unit = 0;
+        const int64_t share = (units_of_chunk(d) + pairs * steps - 1) / (pairs * steps);
+        for (int64_t p = 0; p < pairs; p++) {
+            const int wide = 2 * p + 1 < panels;
+            const uint8_t *b0 = packed + 2 * p * bytes + g * STEPS * AMX_PANEL * width;
+            const uint8_t *b1 = wide ? b0 + bytes : b0;
+            uint8_t *block = c + p * 4 * AMX_TILE_BYTES;
+            if (g == 0)
+                zero_block(wide, tall);
+            else if (pairs > 1)
+                load_block(wide, tall, block);
+            if (wide && tall)
+                multiply(1, 1, a, b0, b1, width, steps, d, share);
+            else if (wide)
+                multiply(1, 0, a, b0, b1, width, steps, d, share);
+            else if (tall)
+                multiply(0, 1, a, b0, b1, width, steps, d, share);
+            else
+                multiply(0, 0, a, b0, b1, width, steps, d, share);
+            if (pairs > 1 || left <= d->chunk_groups)
+                store_block(wide, tall, block);
+        }
+    }
+    for (int64_t i = 0; i < panels; i++)
+        for (int64_t h = 0; h <= tall; h++) {
+            const int64_t rows = d->rows - h * AMX_PANEL, cols = m - i * AMX_PANEL;
+            amx_store_transposed(c + (i / 2 * 4 + h * 2 + i % 2) * AMX_TILE_BYTES,
+                                 rows < AMX_PANEL ? rows : AMX_PANEL,
+                                 cols < AMX_PANEL ? cols : AMX_PANEL,
+                                 y + i * AMX_PANEL * ldy + h * AMX_PANEL, ldy);
+        }
+}
+
+static size_t scratch_bytes_q4_amx(int64_t m, int64_t k) {
+    (void)k;
+    return 2 * CHUNK + (panels_of(m) + 1) / 2 * 4 * AMX_TILE_BYTES;
+}
+
+static void linear_q4_amx(const void *packed, int64_t m, const bnbq_q4_rows *w, int64_t rows,
+                          float *y, int64_t ldy, void *scratch) {
+    assert(m >= 1 && m <= BNBQ_TILE_M && rows >= 1 && rows <= BNBQ_TILE_N);
+    assert(w->k % 32 == 0 && w->k % w->blocksize == 0 && ldy >= rows);
+    for (int64_t n = 0; n < rows; n += ROWS) {
+        decoder d = {
+            .w = w,
+            .row = n,
+            .rows = rows - n < ROWS ? rows - n : ROWS,
+            /* From 65 rows of x on the spilled C wants long chunks, below it L1 wants short. */
+            .chunk_groups = m <= 64 ? 1 : CHUNK_GROUPS,
+            .ring = scratch,
+        };
+        d.ahead = w->qweight + (n + d.rows) * (w->k / 2);
+        const int64_t rows1 = d.rows - AMX_PANEL;
+        amx_configure_block(d.rows < AMX_PANEL ? d.rows : AMX_PANEL, rows1 > 0 ? rows1 : 0,
+                            amx_width(m));
+        run_panel(packed, m, &d, y + n, ldy, (uint8_t *)scratch + 2 * CHUNK);
+    }
+    amx_release();
+}
+
+/* ------------------------------------------------------------------ borrowed from AVX-512 */
+
+static void quantize_q4_amx(const float *w, int64_t count, const bnbq_format *format,
+                            int64_t blocksize, uint8_t *qweight, float *absmax) {
+    bnbq_q4_avx512.quantize(w, count, format, blocksize, qweight, absmax);
+}
+
+static void dequantize_q4_amx(const uint8_t *qweight, const float *absmax, const float *codebook,
+                              int64_t count, int64_t blocksize, float *w) {
+    bnbq_q4_avx512.dequantize(qweight, absmax, codebook, count, blocksize, w);
+}
+
+static size_t packed_bytes_f32(int64_t m, int64_t k) {
+    return bnbq_q4_avx512.linear.packed_bytes(m, k);
+}
+
+static void pack_f32(const float *x, int64_t i, int64_t m, int64_t k, void *packed) {
+    bnbq_q4_avx512.linear.pack(x, i, m, k, packed);
+}
+
+static size_t scratch_bytes_f32(int64_t m, int64_t k) {
+    return bnbq_q4_avx512.linear.scratch_bytes(m, k);
+}
+
+static void linear_f32(const void *packed, int64_t m, const bnbq_q4_rows *w, int64_t rows, float *y,
+                       int64_t ldy, void *scratch) {
+    bnbq_q4_avx512.linear.run(packed, m, w, rows, y, ldy, scratch);
+}
+
+static void backward_q4_amx(const float *gy, int64_t ldg, int64_t m, const bnbq_q4_rows *w,
+                            int64_t n, int64_t k0, int64_t cols, float *gx, int64_t ldgx,
+                            void *scratch) {
+    bnbq_q4_avx512.backward(gy, ldg, m, w, n, k0, cols, gx, ldgx, scratch);
+}
+
+const bnbq_q4_kernels bnbq_q4_amx = {
+    .isa = "amx",
+    .level = BNBQ_ISA_AMX,
+    .needs = BNBQ_CPU_OF_THIS_FILE,
+    .quantize = quantize_q4_amx,
+    .dequantize = dequantize_q4_amx,
+    .linear = {packed_bytes_f32, pack_f32, scratch_bytes_f32, linear_f32},
+    .linear_bf16 = {packed_bytes_q4_amx, pack_q4_amx, scratch_bytes_q4_amx, linear_q4_amx},
+    /* From the table of bare loops above (below 16 rows fp32 vectors are as fast and exact); to
+     * be measured again with these kernels on a processor that has AMX. */
+    .bf16_min_m = 16,
+    .backward = backward_q4_amx,
+};

@@ -1,0 +1,392 @@
+/* linear_s8.c - op front: LLM.int8(), y = x . W^T + bias and gx = gy . W for an int8 weight.
+ *
+ * Forward, for each pass over the rows of x (bnbq_cut in fronts.h):
+ *   quantize  every row of x by its own absmax to int8, into the kernel's packed form
+ *   outliers  only if there are any: which elements of which rows stay float
+ *   tile      exact int32 products, scaled to f32; plus the float product of the outliers; plus the
+ *             bias; narrowed into y
+ * Columns are cut where the scale of W changes and where int32 could overflow; a `span` below is
+ * one such range of columns, and has a packed form of its own.
+ */
+#include "fronts.h"
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#ifdef __AVX2__
+#error "linear_s8.c is baseline code: compile it without -mavx2 or -march"
+#endif
+
+static const float inv127 = (float)(1.0 / 127);
+
+enum {
+    PACK_ROWS = 8,        /* rows of activations per task */
+    MIN_TILE_N = 16,      /* rows of W per tile, at least */
+    MIN_TILE_K = 64,      /* columns of W per backward tile, at least: whole cache lines */
+    OUTLIER_COLUMNS = 32, /* columns of a tile of W that are decoded at a time */
+};
+
+/* Columns that share a scale. */
+static int64_t block_of(const bnbq_weight8 *w) {
+    return w->blocksize ? w->blocksize : bnbq_max(w->k, 1);
+}
+
+/* Columns of the span that starts at `start`. */
+static int64_t span_at(const bnbq_weight8 *w, int64_t start) {
+    int64_t block = block_of(w), end = bnbq_min(w->k, (start / block + 1) * block);
+    return bnbq_min(end - start, BNBQ_MAX_K_S8);
+}
+
+/* ---------------------------------------------------------------- forward */
+
+/* The elements of x that stay float, row by row with ascending columns. `columns` lists those that
+ * occur in any row, ascending; an element names its column by its place in that list. */
+typedef struct outliers {
+    int64_t *first; /* [m + 1]: row i has elements first[i] .. first[i + 1] */
+    int64_t *place; /* [first[m]] */
+    float *value;   /* [first[m]] */
+    int64_t *columns, count;
+} outliers;
+
+typedef struct forward {
+    bnbq_view x, y, bias;
+    bool has_bias;
+    const bnbq_weight8 *w;
+    const bnbq_s8_kernels *kernels;
+    float threshold;
+    int64_t m0, m; /* this pass: rows [m0, m0 + m) */
+    bnbq_cut cut;
+    char *packed; /* per part: one packed form per span */
+    size_t part_bytes;
+    float *x_scale; /* [m]: absmax / 127 of the rows */
+    outliers out;
+} forward;
+
+static int64_t part_size(const forward *op, int64_t part) {
+    return bnbq_min(op->cut.part_rows, op->m - part * op->cut.part_rows);
+}
+
+static size_t span_bytes(const forward *op, int64_t m, int64_t columns) {
+    return (op->kernels->packed_bytes(m, columns) + 63) / 64 * 64;
+}
+
+static bool quantize_task(void *context, int64_t task) {
+    const forward *op = context;
+    int64_t k = op->w->k, end = bnbq_min(op->m, (task + 1) * PACK_ROWS);
+    float *scratch = bnbq_scratch(BNBQ_SCRATCH_ROW, (size_t)k * (sizeof(float) + 1));
+    if (!scratch)
+        return false;
+    int8_t *q = (int8_t *)(scratch + k);
+    for (int64_t i = task * PACK_ROWS; i < end; i++) {
+        int64_t part = i / op->cut.part_rows, row = i % op->cut.part_rows, m = part_size(op, part);
+        const float *x = bnbq_load(&op->x, op->m0 + i, 0, k, scratch);
+        float absmax;
+        op->out.first[i + 1] = op->kernels->quantize(x, k, op->threshold, q, &absmax);
+        op->x_scale[i] = absmax * inv127;
+        char *packed = op->packed + (size_t)part * op->part_bytes;
+        for (int64_t start = 0; start < k;) {
+            int64_t columns = span_at(op->w, start);
+            op->kernels->pack(q + start, row, m, columns, packed);
+            packed += span_bytes(op, m, columns);
+            start += columns;
+        }
+    }
+    return true;
+}
+
+/* Second look at the rows that have outliers; the column itself stands in for its place. */
+static bool collect_task(void *context, int64_t i) {
+    const forward *op = context;
+    int64_t next = op->out.first[i], k = op->w->k;
+    if (next == op->out.first[i + 1])
+        return true;
+    float *scratch = bnbq_scratch(BNBQ_SCRATCH_ROW, (size_t)k * sizeof(float));
+    if (!scratch)
+        return false;
+    const float *x = bnbq_load(&op->x, op->m0 + i, 0, k, scratch);
+    for (int64_t c = 0; c < k; c++) {
+        if (!(fabsf(x[c]) < op->threshold)) {
+            op->out.place[next] = c;
+            op->out.value[next++] = x[c];
+        }
+    }
+    return true;
+}
+
+static bool collect_outliers(forward *op) {
+    outliers *out = &op->out;
+    int64_t k = op->w->k;
+    for (int64_t i = 0; i < op->m; i++)
+        out->first[i + 1] += out->first[i];
+    int64_t total = out->first[op->m];
+    out->count = 0;
+    if (total == 0)
+        return true;
+    int64_t *memory = bnbq_scratch(BNBQ_SCRATCH_EXTRA, (size_t)(2 * k + total) * sizeof(int64_t) +
+                                                           (size_t)total * sizeof(float));
+    if (!memory)
+        return false;
+    int64_t *place_of = memory; /* [k] */
+    out->columns = memory + k;
+    out->place = memory + 2 * k;
+    out->value = (float *)(memory + 2 * k + total);
+    if (!bnbq_run_tasks(collect_task, op, op->m, op->m * k))
+        return false;
+    memset(place_of, 0, (size_t)k * sizeof *place_of);
+    for (int64_t i = 0; i < total; i++)
+        place_of[out->place[i]] = 1;
+    for (int64_t c = 0; c < k; c++) {
+        if (place_of[c]) {
+            place_of[c] = out->count;
+            out->columns[out->count++] = c;
+        }
+    }
+    for (int64_t i = 0; i < total; i++)
+        out->place[i] = place_of[out->place[i]];
+    return true;
+}
+
+/* y += f32(product) * (x scale * W scale) for the columns of one block; a product is int32, or
+ * int64 where the block took several spans. */
+#define ADD_SCALED(product)                                                                        \
+    for (int64_t i = 0; i < m; i++)                                                                \
+        for (int64_t j = 0; j < rows; j++)                                                         \
+            y[i * BNBQ_TILE_N + j] +=                                                              \
+                (float)(product)[i * BNBQ_TILE_N + j] * (x_scale[i] * w_scale[j]);
+
+/* y[m, rows] = the int8 product of a part with a tile, scaled. ints: i32[m, BNBQ_TILE_N], longs:
+ * the same of i64, only used for blocks of more than BNBQ_MAX_K_S8 columns. */
+static void multiply(const forward *op, int64_t part, int64_t n0, int64_t rows, float *y,
+                     int32_t *ints, int64_t *longs, void *scratch) {
+    const bnbq_weight8 *w = op->w;
+    int64_t m = part_size(op, part), block = block_of(w), blocks = bnbq_ceil_div(w->k, block);
+    const char *packed = op->packed + (size_t)part * op->part_bytes;
+    const float *x_scale = op->x_scale + part * op->cut.part_rows;
+    memset(y, 0, (size_t)(m * BNBQ_TILE_N) * sizeof *y);
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t end = bnbq_min(w->k, (b + 1) * block), start = b * block;
+        bool one_span = span_at(w, start) == end - start;
+        float w_scale[BNBQ_TILE_N];
+        for (int64_t j = 0; j < rows; j++)
+            w_scale[j] = w->absmax[(n0 + j) * blocks + b] * inv127;
+        if (!one_span)
+            memset(longs, 0, (size_t)(m * BNBQ_TILE_N) * sizeof *longs);
+        while (start < end) {
+            int64_t columns = span_at(w, start);
+            op->kernels->run(packed, m, w->qweight + n0 * w->k + start, w->k, rows, columns, ints,
+                             BNBQ_TILE_N, scratch);
+            for (int64_t i = 0; !one_span && i < m; i++)
+                for (int64_t j = 0; j < rows; j++)
+                    longs[i * BNBQ_TILE_N + j] += ints[i * BNBQ_TILE_N + j];
+            packed += span_bytes(op, m, columns);
+            start += columns;
+        }
+        if (one_span)
+            ADD_SCALED(ints)
+        else
+            ADD_SCALED(longs)
+    }
+}
+
+/* y += the float product of a part's outliers with a tile. sums: f32[m, BNBQ_TILE_N]. A row adds up
+ * its own outliers in ascending columns, whatever other rows have. The weight is dequantised first:
+ * x * q could overflow where the float layer's product does not. */
+static void add_outliers(const forward *op, int64_t part, int64_t n0, int64_t rows, float *y,
+                         float *sums) {
+    const outliers *out = &op->out;
+    const bnbq_weight8 *w = op->w;
+    int64_t m0 = part * op->cut.part_rows, m = part_size(op, part);
+    int64_t block = block_of(w), blocks = bnbq_ceil_div(w->k, block);
+    const int64_t *first = out->first + m0;
+    if (first[0] == first[m])
+        return;
+    memset(sums, 0, (size_t)(m * BNBQ_TILE_N) * sizeof *sums);
+    int64_t cursor[BNBQ_TILE_M];
+    memcpy(cursor, first, (size_t)m * sizeof *cursor);
+    for (int64_t begin = 0; begin < out->count; begin += OUTLIER_COLUMNS) {
+        int64_t end = bnbq_min(out->count, begin + OUTLIER_COLUMNS);
+        float decoded[OUTLIER_COLUMNS][BNBQ_TILE_N];
+        for (int64_t p = begin; p < end; p++) {
+            int64_t c = out->columns[p];
+            const int8_t *q = w->qweight + n0 * w->k + c;
+            const float *absmax = w->absmax + n0 * blocks + c / block;
+            for (int64_t j = 0; j < rows; j++)
+                decoded[p - begin][j] = ((float)q[j * w->k] * absmax[j * blocks]) * inv127;
+        }
+        for (int64_t i = 0; i < m; i++) {
+            float *sum = sums + i * BNBQ_TILE_N;
+            for (; cursor[i] < first[i + 1] && out->place[cursor[i]] < end; cursor[i]++) {
+                const float *column = decoded[out->place[cursor[i]] - begin];
+                float value = out->value[cursor[i]];
+                for (int64_t j = 0; j < rows; j++)
+                    sum[j] += value * column[j];
+            }
+        }
+    }
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; first[i] < first[i + 1] && j < rows; j++)
+            y[i * BNBQ_TILE_N + j] += sums[i * BNBQ_TILE_N + j];
+}
+
+static bool tile_task(void *context, int64_t task) {
+    const forward *op = context;
+    int64_t part = task % op->cut.parts, n0 = task / op->cut.parts * op->cut.tile_cols;
+    int64_t m = part_size(op, part), rows = bnbq_min(op->cut.tile_cols, op->w->n - n0);
+    int64_t k = op->w->k, size = m * BNBQ_TILE_N;
+    bool needs_longs = block_of(op->w) > BNBQ_MAX_K_S8;
+    size_t scratch_bytes = 0; /* of the longest span, and of the last one, which may be shorter */
+    for (int64_t start = 0; start < k; start += span_at(op->w, start)) {
+        size_t bytes = op->kernels->scratch_bytes(m, span_at(op->w, start));
+        scratch_bytes = bytes > scratch_bytes ? bytes : scratch_bytes;
+    }
+    float *y = bnbq_scratch(BNBQ_SCRATCH_TILE, (size_t)size * (2 * 4 + (needs_longs ? 8 : 0)));
+    void *scratch = bnbq_scratch(BNBQ_SCRATCH_KERNEL, scratch_bytes);
+    if (!y || !scratch)
+        return false;
+    int32_t *ints = (int32_t *)(y + size);
+    multiply(op, part, n0, rows, y, ints, (int64_t *)(y + 2 * size), scratch);
+    add_outliers(op, part, n0, rows, y, (float *)ints);
+
+    float bias_scratch[BNBQ_TILE_N];
+    const float *bias = op->has_bias ? bnbq_load(&op->bias, 0, n0, rows, bias_scratch) : NULL;
+    for (int64_t i = 0; i < m; i++) {
+        float *row = y + i * BNBQ_TILE_N;
+        for (int64_t j = 0; bias && j < rows; j++)
+            row[j] += bias[j];
+        bnbq_store(&op->y, op->m0 + part * op->cut.part_rows + i, n0, rows, row);
+    }
+    return true;
+}
+
+static bool run_pass(forward *op) {
+    int64_t k = op->w->k, n = op->w->n;
+    op->cut = bnbq_cut_pass(op->m, n, BNBQ_TILE_N, MIN_TILE_N);
+    op->part_bytes = 0;
+    for (int64_t start = 0; start < k; start += span_at(op->w, start))
+        op->part_bytes += span_bytes(op, op->cut.part_rows, span_at(op->w, start));
+    op->packed = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)op->cut.parts * op->part_bytes);
+    op->out.first = bnbq_scratch(BNBQ_SCRATCH_ABSMAX, (size_t)(op->m + 1) * sizeof(int64_t) +
+                                                          (size_t)op->m * sizeof(float));
+    if (!op->packed || !op->out.first)
+        return false;
+    op->out.first[0] = 0;
+    op->x_scale = (float *)(op->out.first + op->m + 1);
+    return bnbq_run_tasks(quantize_task, op, bnbq_ceil_div(op->m, PACK_ROWS), op->m * k) &&
+           collect_outliers(op) &&
+           bnbq_run_tasks(tile_task, op, op->cut.tiles * op->cut.parts, op->m * n * k);
+}
+
+bnbq_status bnbq_linear_8bit(const bnbq_tensor *x, const bnbq_weight8 *w, const bnbq_tensor *bias,
+                             float threshold, const bnbq_tensor *y) {
+    forward op = {.x = bnbq_view_rows(x),
+                  .y = bnbq_view_rows(y),
+                  .w = w,
+                  .kernels = bnbq_s8(),
+                  .threshold = threshold > 0 ? threshold : INFINITY,
+                  .has_bias = bias != NULL};
+    int64_t m = op.x.rows;
+    if (m == 0 || w->n == 0)
+        return BNBQ_OK;
+    if (bias)
+        op.bias = bnbq_view_rows(bias);
+    int64_t step = bnbq_pass_rows(m, w->k, BNBQ_PASS_ELEMENTS);
+    for (op.m0 = 0; op.m0 < m; op.m0 += step) {
+        op.m = bnbq_min(step, m - op.m0);
+        if (!run_pass(&op))
+            return BNBQ_NO_MEMORY;
+    }
+    return BNBQ_OK;
+}
+
+/* ---------------------------------------------------------------- backward */
+
+/* gx[m, c] = sum over n of (gy * (absmax / 127)) * q[n, c]: the scale goes to the gradient, once
+ * per block of columns. With one scale per row of W that is once per pass, otherwise per tile. */
+typedef struct backward {
+    bnbq_view gy, gx;
+    const bnbq_weight8 *w;
+    const bnbq_s8_kernels *kernels;
+    int64_t m0, m;
+    bnbq_cut cut; /* of one block of columns */
+    int64_t blocks;
+    float *g; /* f32[m, n]: gy, scaled already when there is one block */
+} backward;
+
+static void scale_gradient(const backward *op, const float *g, int64_t block, float *out) {
+    for (int64_t n = 0; n < op->w->n; n++)
+        out[n] = g[n] * (op->w->absmax[n * op->blocks + block] * inv127);
+}
+
+static bool load_gradient_task(void *context, int64_t task) {
+    const backward *op = context;
+    int64_t n = op->w->n, end = bnbq_min(op->m, (task + 1) * PACK_ROWS);
+    for (int64_t i = task * PACK_ROWS; i < end; i++) {
+        float *row = op->g + i * n;
+        const float *g = bnbq_load(&op->gy, op->m0 + i, 0, n, row);
+        if (op->blocks == 1)
+            scale_gradient(op, g, 0, row);
+        else if (g != row)
+            memcpy(row, g, (size_t)n * sizeof *g);
+    }
+    return true;
+}
+
+static bool backward_task(void *context, int64_t task) {
+    const backward *op = context;
+    const bnbq_weight8 *w = op->w;
+    int64_t part = task % op->cut.parts, tile = task / op->cut.parts;
+    int64_t block = tile / op->cut.tiles, start = tile % op->cut.tiles * op->cut.tile_cols;
+    int64_t k0 = block * block_of(w) + start;
+    int64_t cols = bnbq_min(bnbq_min(op->cut.tile_cols, block_of(w) - start), w->k - k0);
+    int64_t m0 = part * op->cut.part_rows, m = bnbq_min(op->cut.part_rows, op->m - m0);
+    if (cols <= 0)
+        return true; /* the last block of a row may be short */
+    float *gx = bnbq_scratch(BNBQ_SCRATCH_TILE, (size_t)(m * BNBQ_TILE_K) * sizeof(float));
+    void *scratch = bnbq_scratch(BNBQ_SCRATCH_KERNEL, BNBQ_BACKWARD_SCRATCH);
+    if (!gx || !scratch)
+        return false;
+    const float *g = op->g + m0 * w->n;
+    if (op->blocks > 1) {
+        float *scaled = bnbq_scratch(BNBQ_SCRATCH_ROW, (size_t)(m * w->n) * sizeof(float));
+        if (!scaled)
+            return false;
+        for (int64_t i = 0; i < m; i++)
+            scale_gradient(op, g + i * w->n, block, scaled + i * w->n);
+        g = scaled;
+    }
+    if (w->n > 0)
+        op->kernels->backward(g, w->n, m, w->qweight + k0, w->k, w->n, cols, gx, BNBQ_TILE_K,
+                              scratch);
+    else
+        memset(gx, 0, (size_t)(m * BNBQ_TILE_K) * sizeof *gx);
+    for (int64_t i = 0; i < m; i++)
+        bnbq_store(&op->gx, op->m0 + m0 + i, k0, cols, gx + i * BNBQ_TILE_K);
+    return true;
+}
+
+bnbq_status bnbq_linear_8bit_backward(const bnbq_tensor *gy, const bnbq_weight8 *w,
+                                      const bnbq_tensor *gx) {
+    backward op = {.gy = bnbq_view_rows(gy),
+                   .gx = bnbq_view_rows(gx),
+                   .w = w,
+                   .kernels = bnbq_s8(),
+                   .blocks = bnbq_ceil_div(w->k, block_of(w))};
+    int64_t m = op.gx.rows;
+    if (m == 0 || w->k == 0)
+        return BNBQ_OK;
+    /* Every worker holds a scaled copy of its part when there are blocks: keep it at 1 MB. */
+    int64_t most = op.blocks > 1 ? 1 << 18 : BNBQ_PASS_ELEMENTS;
+    int64_t step = bnbq_pass_rows(m, w->n, most);
+    for (op.m0 = 0; op.m0 < m; op.m0 += step) {
+        op.m = bnbq_min(step, m - op.m0);
+        op.cut = bnbq_cut_pass(op.m, bnbq_min(block_of(w), w->k), BNBQ_TILE_K, MIN_TILE_K);
+        op.g = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)(op.m * w->n) * sizeof(float));
+        if (!op.g ||
+            !bnbq_run_tasks(load_gradient_task, &op, bnbq_ceil_div(op.m, PACK_ROWS), op.m * w->n) ||
+            !bnbq_run_tasks(backward_task, &op, op.blocks * op.cut.tiles * op.cut.parts,
+                            op.m * w->n * w->k))
+            return BNBQ_NO_MEMORY;
+    }
+    return BNBQ_OK;
+}

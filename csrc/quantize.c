@@ -1,0 +1,299 @@
+/* quantize.c - op fronts: quantise and dequantise weights, and scales a second time.
+ *
+ * Work goes over the flattened weight in chunks of whole blocks, one task each, and within a task
+ * in pieces that stay in the first-level cache: convert a piece to f32, check it, quantise it.
+ */
+#include "fronts.h"
+#include "kernels.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#ifdef __AVX2__
+#error "quantize.c is baseline code: compile it without -mavx2 or -march"
+#endif
+
+enum {
+    PIECE = 8192,         /* elements, 32 KB of f32; a multiple of every 4-bit block size */
+    CHUNK = 65536,        /* elements per task, or this many whole rows of a transposed weight */
+    TRANSPOSED_ROWS = 32, /* one or two cache lines of a column */
+};
+
+/* Index of the first NaN or Inf, or -1. Two loops: the first one is vector code. */
+static int64_t first_not_finite(const float *w, int64_t count) {
+    int found = 0;
+    for (int64_t i = 0; i < count; i++)
+        found |= !(fabsf(w[i]) < INFINITY);
+    for (int64_t i = 0; found && i < count; i++)
+        if (!(fabsf(w[i]) < INFINITY))
+            return i;
+    return -1;
+}
+
+/* *bad = the lesser of *bad and index, and the same with -1 for none. */
+static void lower(_Atomic int64_t *bad, int64_t index) {
+    int64_t known = atomic_load(bad);
+    while ((known < 0 || index < known) && !atomic_compare_exchange_weak(bad, &known, index))
+        ;
+}
+
+static bnbq_status finish(bool done, int64_t bad_index, int64_t *bad) {
+    if (!done)
+        return BNBQ_NO_MEMORY;
+    if (bad_index < 0)
+        return BNBQ_OK;
+    *bad = bad_index;
+    return BNBQ_NOT_FINITE;
+}
+
+/* ---------------------------------------------------------------- 4 bit */
+
+typedef struct quantize4 {
+    bnbq_view w;
+    int64_t count, blocksize;
+    int64_t chunk, piece; /* elements per task, and at a time */
+    const bnbq_format *format;
+    uint8_t *qweight;
+    float *absmax;
+    _Atomic int64_t bad;
+} quantize4;
+
+static bool quantize4_task(void *context, int64_t task) {
+    quantize4 *op = context;
+    float *scratch = bnbq_scratch(BNBQ_SCRATCH_ROW, (size_t)op->piece * sizeof(float));
+    if (!scratch)
+        return false;
+    int64_t end = bnbq_min(op->count, (task + 1) * op->chunk);
+    for (int64_t start = task * op->chunk; start < end; start += op->piece) {
+        int64_t count = bnbq_min(op->piece, end - start);
+        const float *w = bnbq_load_flat(&op->w, start, count, scratch);
+        int64_t bad = first_not_finite(w, count);
+        if (bad >= 0) {
+            lower(&op->bad, start + bad);
+            break;
+        }
+        bnbq_q4()->quantize(w, count, op->format, op->blocksize, op->qweight + start / 2,
+                            op->absmax + start / op->blocksize);
+    }
+    return true;
+}
+
+bnbq_status bnbq_quantize_4bit(const bnbq_tensor *w, const struct bnbq_format *format,
+                               int64_t blocksize, uint8_t *qweight, float *absmax, int64_t *bad) {
+    quantize4 op = {.w = bnbq_view_flat(w),
+                    .format = format,
+                    .blocksize = blocksize,
+                    .qweight = qweight,
+                    .absmax = absmax,
+                    .chunk = CHUNK,
+                    .piece = PIECE,
+                    .bad = -1};
+    op.count = op.w.rows * op.w.cols;
+    if (bnbq_is_transposed(&op.w))
+        op.chunk = op.piece = bnbq_ceil_div(op.w.cols * TRANSPOSED_ROWS, PIECE) * PIECE;
+    bool done = bnbq_parallel_for(quantize4_task, &op, bnbq_ceil_div(op.count, op.chunk));
+    return finish(done, op.bad, bad);
+}
+
+typedef struct dequantize4 {
+    const bnbq_weight4 *w;
+    bnbq_view out;
+    int64_t count;
+} dequantize4;
+
+static bool dequantize4_task(void *context, int64_t task) {
+    const dequantize4 *op = context;
+    const bnbq_weight4 *w = op->w;
+    float *scratch = bnbq_scratch(BNBQ_SCRATCH_ROW, PIECE * sizeof(float));
+    if (!scratch)
+        return false;
+    int64_t end = bnbq_min(op->count, (task + 1) * CHUNK);
+    for (int64_t start = task * CHUNK; start < end; start += PIECE) {
+        int64_t count = bnbq_min(PIECE, end - start), block = start / w->blocksize;
+        float decoded[PIECE / 32];
+        const float *absmax = decoded;
+        if (w->absmax.absmax)
+            absmax = w->absmax.absmax + block;
+        else
+            bnbq_load_absmax(&w->absmax, block, bnbq_ceil_div(count, w->blocksize), decoded);
+        bnbq_q4()->dequantize(w->qweight + start / 2, absmax, w->format->codebook, count,
+                              w->blocksize, scratch);
+        bnbq_store_flat(&op->out, start, count, scratch);
+    }
+    return true;
+}
+
+bnbq_status bnbq_dequantize_4bit(const bnbq_weight4 *w, const bnbq_tensor *out) {
+    dequantize4 op = {.w = w, .out = bnbq_view_flat(out), .count = w->n * w->k};
+    bool done = bnbq_parallel_for(dequantize4_task, &op, bnbq_ceil_div(op.count, CHUNK));
+    return done ? BNBQ_OK : BNBQ_NO_MEMORY;
+}
+
+/* ---------------------------------------------------------------- scales */
+
+typedef struct quantize_scales {
+    const float *absmax;
+    int64_t count;
+    uint8_t *codes;
+    float *absmax2, *offset;
+    double sum;
+} quantize_scales;
+
+/* In double and in order: the mean must not depend on threads or vector width. */
+static bool mean_task(void *context, int64_t task) {
+    (void)task;
+    quantize_scales *op = context;
+    for (int64_t i = 0; i < op->count; i++)
+        op->sum += op->absmax[i];
+    *op->offset = op->count ? (float)(op->sum / (double)op->count) : 0.0f;
+    return true;
+}
+
+/* Index of the nearest value of the dynamic map: the number of midpoints below x. */
+static uint8_t nearest_code(float x) {
+    int low = 0, high = 255;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (x <= (bnbq_dynamic_map[middle] + bnbq_dynamic_map[middle + 1]) / 2)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return (uint8_t)low;
+}
+
+static bool quantize_scales_task(void *context, int64_t block) {
+    const quantize_scales *op = context;
+    int64_t start = block * BNBQ_ABSMAX_BLOCK;
+    int64_t count = bnbq_min(BNBQ_ABSMAX_BLOCK, op->count - start);
+    const float *absmax = op->absmax + start;
+    float offset = *op->offset, greatest = 0.0f;
+    for (int64_t i = 0; i < count; i++)
+        if (fabsf(absmax[i] - offset) > greatest)
+            greatest = fabsf(absmax[i] - offset);
+    float inverse = 1.0f / (greatest > 1e-38f ? greatest : 1e-38f);
+    for (int64_t i = 0; i < count; i++) {
+        float scaled = (absmax[i] - offset) * inverse;
+        scaled = scaled < -1.0f ? -1.0f : scaled > 1.0f ? 1.0f : scaled;
+        op->codes[start + i] = nearest_code(scaled);
+    }
+    op->absmax2[block] = greatest;
+    return true;
+}
+
+bnbq_status bnbq_quantize_absmax(const float *absmax, int64_t count, uint8_t *codes, float *absmax2,
+                                 float *offset) {
+    quantize_scales op = {absmax, count, codes, absmax2, offset, 0.0};
+    bnbq_serial_for(mean_task, &op, 1);
+    if (!isfinite(op.sum)) /* a double cannot overflow here: a scale is NaN or Inf */
+        return BNBQ_NOT_FINITE;
+    int64_t blocks = bnbq_ceil_div(count, BNBQ_ABSMAX_BLOCK);
+    bnbq_run_tasks(quantize_scales_task, &op, blocks, count * 16); /* a search per element */
+    return BNBQ_OK;
+}
+
+void bnbq_load_absmax(const bnbq_absmax *absmax, int64_t start, int64_t count, float *out) {
+    if (absmax->absmax) {
+        memcpy(out, absmax->absmax + start, (size_t)count * sizeof *out);
+        return;
+    }
+    const uint8_t *codes = absmax->codes + start;
+    float offset = *absmax->offset;
+    for (int64_t i = 0; i < count;) {
+        int64_t block = (start + i) / BNBQ_ABSMAX_BLOCK;
+        int64_t end = bnbq_min(count, (block + 1) * BNBQ_ABSMAX_BLOCK - start);
+        float scale = absmax->absmax2[block];
+        for (; i < end; i++)
+            out[i] = bnbq_dynamic_map[codes[i]] * scale + offset;
+    }
+}
+
+/* ---------------------------------------------------------------- 8 bit */
+
+typedef struct quantize8 {
+    bnbq_view w;
+    int64_t blocksize, blocks, task_rows;
+    int8_t *qweight;
+    float *absmax;
+    _Atomic int64_t bad;
+} quantize8;
+
+static bool quantize8_task(void *context, int64_t task) {
+    quantize8 *op = context;
+    int64_t k = op->w.cols, end = bnbq_min(op->w.rows, (task + 1) * op->task_rows);
+    int64_t begin = task * op->task_rows, together = bnbq_is_transposed(&op->w) ? end - begin : 1;
+    float *scratch = bnbq_scratch(BNBQ_SCRATCH_ROW, (size_t)(together * k) * sizeof(float));
+    if (!scratch)
+        return false;
+    if (together > 1)
+        bnbq_load_flat(&op->w, begin * k, together * k, scratch);
+    for (int64_t row = begin; row < end; row++) {
+        const float *w = scratch + (row - begin) * k;
+        if (together == 1)
+            w = bnbq_load(&op->w, row, 0, k, scratch);
+        int64_t bad = first_not_finite(w, k);
+        if (bad >= 0) {
+            lower(&op->bad, row * k + bad);
+            break;
+        }
+        for (int64_t b = 0; b < op->blocks; b++) {
+            int64_t start = b * op->blocksize;
+            bnbq_s8()->quantize(w + start, bnbq_min(op->blocksize, k - start), INFINITY,
+                                op->qweight + row * k + start, &op->absmax[row * op->blocks + b]);
+        }
+    }
+    return true;
+}
+
+bnbq_status bnbq_quantize_8bit(const bnbq_tensor *w, int64_t blocksize, int8_t *qweight,
+                               float *absmax, int64_t *bad) {
+    quantize8 op = {.w = bnbq_view_rows(w), .qweight = qweight, .absmax = absmax, .bad = -1};
+    int64_t k = op.w.cols;
+    op.blocksize = blocksize ? blocksize : bnbq_max(k, 1);
+    op.blocks = blocksize ? bnbq_ceil_div(k, blocksize) : 1;
+    op.task_rows = bnbq_max(1, CHUNK / bnbq_max(k, 1));
+    if (bnbq_is_transposed(&op.w))
+        op.task_rows = bnbq_max(TRANSPOSED_ROWS, op.task_rows);
+    bool done = bnbq_parallel_for(quantize8_task, &op, bnbq_ceil_div(op.w.rows, op.task_rows));
+    return finish(done, op.bad, bad);
+}
+
+typedef struct dequantize8 {
+    const bnbq_weight8 *w;
+    bnbq_view out;
+    int64_t task_rows;
+} dequantize8;
+
+static bool dequantize8_task(void *context, int64_t task) {
+    const dequantize8 *op = context;
+    const bnbq_weight8 *w = op->w;
+    int64_t block = w->blocksize ? w->blocksize : w->k, blocks = bnbq_ceil_div(w->k, block);
+    int64_t end = bnbq_min(w->n, (task + 1) * op->task_rows);
+    float *scratch = bnbq_scratch(BNBQ_SCRATCH_ROW, PIECE * sizeof(float));
+    if (!scratch)
+        return false;
+    for (int64_t row = task * op->task_rows; row < end; row++) {
+        for (int64_t start = 0; start < w->k; start += PIECE) {
+            int64_t count = bnbq_min(PIECE, w->k - start);
+            for (int64_t i = 0; i < count;) {
+                int64_t b = (start + i) / block,
+                        part = bnbq_min((b + 1) * block - start, count) - i;
+                bnbq_s8()->dequantize(w->qweight + row * w->k + start + i, part,
+                                      w->absmax[row * blocks + b], scratch + i);
+                i += part;
+            }
+            bnbq_store_flat(&op->out, row * w->k + start, count, scratch);
+        }
+    }
+    return true;
+}
+
+bnbq_status bnbq_dequantize_8bit(const bnbq_weight8 *w, const bnbq_tensor *out) {
+    dequantize8 op = {.w = w, .out = bnbq_view_flat(out)};
+    if (w->n * w->k == 0)
+        return BNBQ_OK;
+    op.task_rows = bnbq_max(1, CHUNK / w->k);
+    bool done = bnbq_parallel_for(dequantize8_task, &op, bnbq_ceil_div(w->n, op.task_rows));
+    return done ? BNBQ_OK : BNBQ_NO_MEMORY;
+}

@@ -1,0 +1,57 @@
+"""Transformers, PEFT and Accelerate, unmodified.
+
+Only the registration lives here, and it imports none of them: ``import bnbq`` calls `install`, which
+registers the quantisation method "bnbq" at once if Transformers' quantizers are imported already, and
+otherwise when they are. A bnbq checkpoint that Transformers opens without it starts from random weights.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+
+QUANT_METHOD = "bnbq"
+QUANTIZERS = "transformers.quantizers"
+
+
+def install() -> None:
+    """Register with Transformers, now or when it is imported. Calling it again changes nothing."""
+    if QUANTIZERS in sys.modules and hasattr(sys.modules[QUANTIZERS], "register_quantizer"):
+        register()
+    elif not any(isinstance(finder, WaitForQuantizers) for finder in sys.meta_path):
+        sys.meta_path.insert(0, WaitForQuantizers())
+
+
+def register() -> None:
+    """Enter BnbqConfig and BnbqQuantizer into Transformers' public tables (``register_quantizer`` and its twin)."""
+    from transformers.quantizers import auto
+
+    from .transformers import BnbqConfig, BnbqQuantizer
+
+    if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(BnbqConfig)
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(QUANT_METHOD)(BnbqQuantizer)
+
+
+class WaitForQuantizers(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: it sees ``transformers.quantizers`` being imported and registers right after."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != QUANTIZERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in list(sys.meta_path)
+                                  if hasattr(finder, "find_spec"))), None)
+        if spec is None or spec.loader is None:
+            return spec
+        loader, execute = spec.loader, spec.loader.exec_module
+
+        def exec_module(module):
+            del loader.exec_module  # the instance's: what is left is the class's
+            execute(module)
+            register()
+
+        loader.exec_module = exec_module
+        return spec

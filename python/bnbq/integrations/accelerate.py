@@ -1,0 +1,237 @@
+"""Accelerate: load a float checkpoint into any nn.Module, quantising tensor by tensor, and dispatch it.
+
+`load_and_quantize` takes the arguments of ``accelerate.utils.load_and_quantize_model``. Differences: no GPU is
+needed, and what "cpu" and "disk" hold is quantised too. Accelerate's hooks move the packed tensors as they move
+any parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from .. import placement, replace
+from ..checkpoint import PACKED_NAMES, describe, opened
+from ..nn import QuantizedLinear, dense_weight, is_conv1d
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+def load_and_quantize(model: torch.nn.Module, config=None, weights_location=None, device_map=None, no_split_module_classes=None,
+                      max_memory: dict | None = None, offload_folder=None, offload_state_dict: bool = False):
+    """Quantise ``model``, loading its weights from ``weights_location`` if it is on the meta device.
+
+    Args:
+        model: built under ``accelerate.init_empty_weights()``, or with its weights in memory.
+        config: BnbqConfig, BitsAndBytesConfig or None (nf4).
+        weights_location: a safetensors (or .bin) file, an index.json, or a directory with either. Holds float
+            weights, or what a bnbq layer's ``state_dict`` has. Not needed for a model in memory.
+        device_map: None is the CPU, or the first GPU if there is one; a strategy ("auto" ...), or devices by module name.
+        no_split_module_classes, max_memory: for a strategy, as in Accelerate.
+        offload_folder: where the tensors of "disk" go.
+        offload_state_dict: accepted, without effect: one tensor is in memory at a time.
+
+    Returns the model. Never holds more than the packed model and two tensors. Raises ValueError that names the
+    tensor for a weight that is missing, misshapen or not finite; the model is not usable after that.
+    """
+    on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if not on_meta:
+        replace.quantize_model(model, config, device_map=default_device_map(device_map), max_memory=max_memory, offload_folder=offload_folder)
+        return model
+    if weights_location is None:
+        raise ValueError(f"load_and_quantize: {on_meta[0]} is on the meta device and there is no weights_location to load it from")
+    config = replace.resolve_config(config)
+    files = checkpoint_files(Path(weights_location))
+    transposed = swap_layers(model, config, stored_packed(files))
+    device_map = default_device_map(device_map)
+    if isinstance(device_map, str) and device_map in placement.STRATEGIES:
+        if no_split_module_classes is not None:
+            model._no_split_modules = list(no_split_module_classes)
+        device_map = placement.plan(model, device_map, max_memory)
+    elif not isinstance(device_map, dict):
+        device_map = {"": device_map}
+    placement.check_device_map(model, device_map)
+    offloaded = Offload(offload_folder, "disk" in device_map.values())
+    Loader(model, device_map, transposed, offloaded).load(files)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    replace.mark(model, config)
+    return dispatch(model, device_map, offloaded)
+
+
+def dispatch(model, device_map: dict, offloaded=None):
+    """Place a loaded model by ``device_map``: a hook per module where there is more than one device, or the disk."""
+    devices = {name: placement.as_device(device) for name, device in device_map.items()}
+    model.hf_device_map = dict(device_map)
+    if len(set(devices.values())) == 1 and "disk" not in devices.values():
+        return model.to(next(iter(devices.values())))
+    devices = {name: "cpu" if device == torch.device("cpu") else device for name, device in devices.items()}
+    on_cpu = {"cpu", "disk"} & set(devices.values())
+    return placement.import_accelerate().dispatch_model(
+        model, devices, main_device="cpu" if on_cpu else None, offload_dir=offloaded.folder if offloaded else None)
+
+
+def default_device_map(device_map):
+    if device_map is None:
+        return {"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"}
+    return device_map
+
+
+# ------------------------------------------------------------------ the model
+
+def swap_layers(model, config, packed: set) -> dict:
+    """Replace the layers by unfilled quantised ones; returns name -> is the float weight stored transposed."""
+    result = {}
+    for name, module in replace.select_modules(model, config).items():
+        if packed and name not in packed:
+            continue
+        layer = replace.make_layer(module, config, device="meta")
+        layer.source_cls = type(module)
+        result[name] = is_conv1d(module)
+        model.set_submodule(name, layer)
+    return result
+
+
+class Offload:
+    """The folder of tensors on disk, in the form that Accelerate reads."""
+
+    def __init__(self, folder, needed: bool):
+        self.folder, self.index = folder, {}
+        if needed and folder is None:
+            raise ValueError("load_and_quantize: device_map sends modules to disk; say where with offload_folder")
+        if needed:
+            os.makedirs(folder, exist_ok=True)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        from accelerate.utils import offload_weight
+
+        self.index = offload_weight(tensor.detach(), name, self.folder, index=self.index)
+
+    def finish(self) -> None:
+        if self.index:
+            from accelerate.utils import save_offload_index
+
+            save_offload_index(self.index, self.folder)
+
+
+class Loader:
+    """Puts each tensor of the files where it belongs."""
+
+    def __init__(self, model, device_map: dict, transposed: dict, offloaded: Offload):
+        self.model, self.transposed, self.offloaded = model, transposed, offloaded
+        self.device_map = device_map
+        self.wanted = dict(model.state_dict())
+        self.done = set()
+
+    def load(self, files: list[str]) -> None:
+        unexpected = []
+        for path in files:
+            for name, read in tensors_of(path):
+                module, _, leaf = name.rpartition(".")
+                if leaf == "weight" and module in self.transposed:
+                    self.put_packed(module, read().to(self.device(name, loading=True)))
+                elif name in self.wanted:
+                    self.put(name, read())
+                else:
+                    unexpected.append(name)
+        missing = sorted(set(self.wanted) - self.done - self.tied())
+        if missing:
+            raise ValueError(f"load_and_quantize: {len(missing)} tensors are not in {', '.join(files)}: {', '.join(missing[:8])}")
+        if unexpected:
+            warnings.warn(f"load_and_quantize: {len(unexpected)} tensors of the checkpoint are not the model's: {', '.join(unexpected[:8])}",
+                          stacklevel=3)
+        self.offloaded.finish()
+
+    def tied(self) -> set:
+        """Names that a model fills itself from others, once those are loaded."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return {name for name, source in tied.items() if source in self.done} if hasattr(self.model, "tie_weights") else set()
+
+    def device(self, name: str, loading: bool = False):
+        """Where a tensor goes: the entry of the device map with the longest matching prefix."""
+        parts = name.split(".")
+        for length in range(len(parts), -1, -1):
+            key = ".".join(parts[:length])
+            if key in self.device_map:
+                device = placement.as_device(self.device_map[key])
+                return torch.device("cpu") if loading and device == "disk" else device
+        raise ValueError(f"load_and_quantize: device_map says nothing about {name}")
+
+    def put_packed(self, module: str, dense: torch.Tensor) -> None:
+        layer = self.model.get_submodule(module)
+        dense = dense.t().contiguous() if self.transposed[module] else dense
+        try:
+            layer._check_dense(dense)
+            tensors = layer._packed_or_meta(dense)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{module}.weight: {error}") from None
+        for leaf, tensor in tensors.items():
+            self.store(f"{module}.{leaf}", tensor)
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        wanted = self.wanted[name]
+        packed = name.rpartition(".")[2] in PACKED_NAMES and isinstance(self.model.get_submodule(name.rpartition(".")[0]), QuantizedLinear)
+        if tensor.shape != wanted.shape or (packed and tensor.dtype != wanted.dtype):
+            raise ValueError(f"load_and_quantize: {name} is {describe(tensor)}; wanted {describe(wanted)}")
+        self.store(name, tensor)
+
+    def store(self, name: str, tensor: torch.Tensor) -> None:
+        self.done.add(name)
+        parent, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        if self.device(name) == "disk" and leaf in owner._parameters:
+            self.offloaded.add(name, tensor)
+            return
+        tensor = tensor.to(self.device(name, loading=True))
+        if leaf in owner._parameters:
+            frozen = not owner._parameters[leaf].requires_grad or not tensor.is_floating_point()
+            owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=not frozen)
+        else:
+            owner._buffers[leaf] = tensor
+
+
+# ------------------------------------------------------------------ the files
+
+def checkpoint_files(location: Path) -> list[str]:
+    """The files of a checkpoint: a file, those that an index lists, or those of a directory."""
+    if location.is_dir():
+        for name in (*INDEXES, *SINGLES):
+            if (location / name).is_file():
+                return checkpoint_files(location / name)
+        raise FileNotFoundError(f"{location}: none of {', '.join((*SINGLES, *INDEXES))}")
+    if not location.is_file():
+        raise FileNotFoundError(f"{location}: no such file")
+    if location.suffix != ".json":
+        return [str(location)]
+    try:
+        names = sorted(set(json.loads(location.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{location}: not an index of shards ({type(error).__name__}: {error})") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{location}: {name!r} is not the name of a file beside it")
+        if not (location.parent / name).is_file():
+            raise FileNotFoundError(f"{location.parent / name}: named in {location.name}, but not there")
+    return [str(location.parent / name) for name in names]
+
+
+def tensors_of(path: str):
+    """(name, function that reads the tensor) for every tensor of a file."""
+    if path.endswith(".safetensors"):
+        with opened(path) as file:
+            for name in file.keys():
+                yield name, lambda name=name: file.get_tensor(name)
+    else:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for name, tensor in tensors.items():
+            yield name, lambda tensor=tensor: tensor
+
+
+def stored_packed(files: list[str]) -> set:
+    """Names of layers that the files hold in packed form."""
+    return {name.removesuffix(".qweight") for path in files for name, _ in tensors_of(path) if name.endswith(".qweight")}

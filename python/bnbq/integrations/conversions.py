@@ -1,0 +1,219 @@
+"""What happens to a tensor between a checkpoint file and a quantised layer, as Transformers' WeightConverters.
+
+Transformers renames each key of a checkpoint, hands it to at most one converter, and puts what the converter
+returns where the device map says: memory, or a file for "disk". So these converters return packed tensors by
+their full names and never touch the model, and offloading works like for any other parameter.
+
+    `Quantize`            weight                               -> qweight, absmax, ...   while loading a float model
+    `QuantizeConverted`   what a converter of the model makes  -> the same, for models that split or fuse weights
+    `ReadBitsandbytes`    bitsandbytes' names                  -> ours
+    `WriteBitsandbytes`   ours -> bitsandbytes' names, while saving
+
+They override the methods instead of giving operations to the stock class, for three reasons: a stock converter
+for ``weight`` would catch every norm and embedding as well; an exception inside an operation is swallowed and
+turned into a report; and saving has to see the layer's settings.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from .. import nn
+from ..checkpoint import PACKED_NAMES, describe
+from ..checkpoint_bnb import BNB4_KEYS, BNB8_KEYS, bnb4_from_native, bnb8_from_native, native_from_bnb4, native_from_bnb8
+
+LAYERS = (nn.Linear4bit, nn.Linear8bitLt)
+BNB_KEYS = tuple(sorted({*BNB4_KEYS, *BNB8_KEYS}, key=len, reverse=True))
+
+
+class Keep(ConversionOps):
+    """Does nothing: a converter must name an operation."""
+
+    def convert(self, input_dict, source_patterns=None, target_patterns=None, **kwargs):
+        return input_dict
+
+    @property
+    def reverse_op(self):
+        return self
+
+
+class Converter(WeightConverter):
+    """Base: knows the quantiser, and is copied (once per layer) without copying that."""
+
+    sources: tuple = ()
+    target = "qweight"
+
+    def __init__(self, quantizer):
+        super().__init__(list(self.sources), self.target, [Keep()])
+        self.quantizer = quantizer
+
+    def __deepcopy__(self, memo):
+        return type(self)(self.quantizer)
+
+    def one_of_each(self) -> dict:
+        """The collected tensors; each name occurs once per layer."""
+        return {name: tensors[0] for name, tensors in self.materialize_tensors().items() if tensors}
+
+
+class Quantize(Converter):
+    """The dense weight of a layer, quantised where it lies, one at a time."""
+
+    sources = ("weight",)
+
+    def rename_source_key(self, source_key):
+        module, _, leaf = source_key.rpartition(".")
+        if leaf != "weight" or not self.quantizer.owns(module):
+            return source_key, None
+        self._was_used = True
+        return f"{module}.qweight", "weight"
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+        return quantize_weight(model, layer_name.rpartition(".")[0], self.one_of_each()["weight"])
+
+    def reverse_transform(self):
+        raise NotImplementedError("a quantised weight is not saved as the float weight it came from")
+
+
+class QuantizeConverted(WeightConverter):
+    """Runs a converter of the model (fused projections, say) and quantises what it makes for quantised layers."""
+
+    def __init__(self, inner: WeightConverter, quantizer):
+        super().__init__(list(inner.source_patterns), list(inner.target_patterns), inner.operations, inner.force_cpu)
+        self.inner, self.quantizer = inner, quantizer
+
+    def __deepcopy__(self, memo):
+        import copy
+
+        return type(self)(copy.deepcopy(self.inner, memo), self.quantizer)
+
+    def rename_source_key(self, source_key):
+        renamed, pattern = self.inner.rename_source_key(source_key)
+        if pattern is not None:
+            self._was_used = True
+            module, _, leaf = renamed.rpartition(".")
+            if leaf == "weight" and self.quantizer.owns(module):
+                renamed = f"{module}.qweight"
+        return renamed, pattern
+
+    def targets(self, renamed: str) -> list[str]:
+        """All the names that a key renamed to the first of them stands for."""
+        first = self.inner.target_patterns[0]
+        return [renamed.replace(first, other) for other in self.inner.target_patterns]
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+        self.inner.collected_tensors, self.inner.layer_targets = self.collected_tensors, self.layer_targets
+        dense_name = layer_name.removesuffix(".qweight") + ".weight" if layer_name.endswith(".qweight") else layer_name
+        result = {}
+        for name, tensor in self.inner.convert(dense_name, model=model, config=config, loading_info=loading_info).items():
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+            module, _, leaf = name.rpartition(".")
+            if leaf == "weight" and isinstance(model.get_submodule(module), LAYERS):
+                result.update(quantize_weight(model, module, tensor))
+            else:
+                result[name] = tensor
+        return result
+
+    def reverse_transform(self):
+        return self.inner.reverse_transform()
+
+
+class ReadBitsandbytes(Converter):
+    """The tensors that bitsandbytes stores for a layer, gathered and renamed; the bytes stay."""
+
+    sources = BNB_KEYS
+
+    def rename_source_key(self, source_key):
+        for pattern in BNB_KEYS:
+            if source_key.endswith(f".{pattern}"):
+                module = source_key[: -len(pattern) - 1]
+                if not self.quantizer.owns(module):
+                    break
+                self._was_used = True
+                return f"{module}.qweight", pattern
+        return source_key, None
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+        name = layer_name.rpartition(".")[0]
+        layer = model.get_submodule(name)
+        parts, shape = self.one_of_each(), (layer.out_features, layer.in_features)
+        read = native_from_bnb4 if isinstance(layer, nn.Linear4bit) else native_from_bnb8
+        return packed_parameters(layer, name, read(parts, name, shape)[0])
+
+    def reverse_transform(self):
+        return WriteBitsandbytes(self.quantizer)
+
+
+class WriteBitsandbytes(Converter):
+    """A layer's tensors under bitsandbytes' names, for files that bitsandbytes can load."""
+
+    sources, target = PACKED_NAMES, "weight"
+
+    def rename_source_key(self, source_key):
+        module, _, leaf = source_key.rpartition(".")
+        if leaf not in PACKED_NAMES:
+            return source_key, None
+        self._was_used = True
+        return f"{module}.weight", leaf
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+        name = layer_name.rpartition(".")[0]
+        layer, tensors = model.get_submodule(name), self.one_of_each()
+        if "qweight" not in tensors:
+            return {}  # an offloaded model is saved shard by shard: the shard with qweight writes the layer
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            if leaf in PACKED_NAMES and leaf not in tensors:
+                tensors[leaf] = stored(model, f"{name}.{leaf}", parameter)
+        parts = (bnb8_from_native(tensors, blocksize=layer.blocksize, layer=name) if isinstance(layer, nn.Linear8bitLt) else
+                 bnb4_from_native(tensors, quant_type=layer.quant_type, blocksize=layer.blocksize, dtype=layer.weight_dtype,
+                                  shape=(layer.out_features, layer.in_features), layer=name))
+        return {f"{name}.{key}": tensor for key, tensor in parts.items()}
+
+    def reverse_transform(self):
+        return ReadBitsandbytes(self.quantizer)
+
+
+# ------------------------------------------------------------------ pieces
+
+def stored(model, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter's data, fetched from memory or disk if it is offloaded."""
+    if parameter.device.type != "meta":
+        return parameter
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    return load_offloaded_parameter(model, name)
+
+
+def quantize_weight(model, name: str, dense: torch.Tensor) -> dict:
+    """Packed parameters, by full name, for the dense weight of the layer ``name``; transposed first for a Conv1D."""
+    layer = model.get_submodule(name)
+    if not dense.is_floating_point():
+        raise TypeError(f"{name}.weight is {describe(dense)}; wanted a float tensor. Is the checkpoint quantised in another way?")
+    wanted = (layer.out_features, layer.in_features)
+    if getattr(layer, "source_cls", None) is not None and layer.source_cls.__name__ == "Conv1D":
+        dense, wanted_in_file = dense.t().contiguous(), wanted[::-1]
+    else:
+        wanted_in_file = wanted
+    if tuple(dense.shape) != wanted:
+        raise ValueError(f"{name}.weight has shape {list(dense.shape if wanted == wanted_in_file else dense.t().shape)} in the "
+                         f"checkpoint; the layer wants {list(wanted_in_file)}")
+    if dense.dtype == torch.float64:
+        dense = dense.float()
+    try:
+        tensors = layer._pack(dense)
+    except ValueError as error:
+        raise ValueError(f"{name}.weight: {error}") from None
+    return packed_parameters(layer, name, tensors)
+
+
+def packed_parameters(layer, name: str, tensors: dict) -> dict:
+    """Tensors -> frozen Parameters by full name, after comparing them with the (meta) parameters of ``layer``."""
+    wanted = {leaf: parameter for leaf, parameter in layer.named_parameters(recurse=False) if leaf in PACKED_NAMES}
+    if set(wanted) != set(tensors):
+        raise ValueError(f"{name}: got {', '.join(sorted(tensors))}; the layer has {', '.join(sorted(wanted))}")
+    result = {}
+    for leaf, tensor in tensors.items():
+        if tensor.numel() != wanted[leaf].numel() or tensor.dtype != wanted[leaf].dtype:
+            raise ValueError(f"{name}.{leaf} is {describe(tensor)}; the layer wants {describe(wanted[leaf])}")
+        result[f"{name}.{leaf}"] = torch.nn.Parameter(tensor.view(wanted[leaf].shape), requires_grad=False)
+    return result

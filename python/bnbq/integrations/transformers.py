@@ -1,0 +1,485 @@
+"""Transformers: the registered config and quantiser, and `from_pretrained` in bitsandbytes' keyword style.
+
+The quantiser swaps linear layers for quantised ones on the meta device before the weights come, and says how
+each tensor gets from the file into them (conversions.py). A checkpoint that is quantised already is described
+by its files (stored.py), whether bnbq or bitsandbytes wrote it. Where "cpu" and "disk" appear in a device map
+the layers there are quantised like all others.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.hub import PushToHubMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import checkpoint, config as settings, nn
+from ..checkpoint import PACKED_NAMES
+
+logger = logging.get_logger(__name__)
+LAYERS = (nn.Linear4bit, nn.Linear8bitLt)
+
+
+class BnbqConfig(settings.BnbqConfig, QuantizationConfigMixin):
+    """`bnbq.config.BnbqConfig` as Transformers takes it: the ``quantization_config`` of ``from_pretrained``."""
+
+    def get(self, key, default=None):
+        """Transformers asks a config that was loaded before as if it were a dict."""
+        return self.to_native_dict().get(key, default)
+
+    def to_diff_dict(self) -> dict:
+        return self.to_dict()
+
+
+class BnbqQuantizer(HfQuantizer):
+    """Quantises while loading, loads what bnbq or bitsandbytes saved, and saves either."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.names: set[str] = set()     # of the quantised layers
+        self.originals: dict = {}        # name -> the float layer on meta, while loading
+        self.checkpoint_files: list = []
+        self.stored = None               # StoredCheckpoint, while loading a quantised one
+        self.prefix = ""
+
+    # ------------------------------------------------------------------ what Transformers asks
+
+    def is_serializable(self, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """With adapters: the quantised weights are frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def update_device_map(self, device_map):
+        """None is the current GPU, if there is one, as with bitsandbytes; the CPU otherwise."""
+        if device_map is None and torch.cuda.is_available():
+            device_map = {"": torch.cuda.current_device()}
+            logger.info(f"bnbq: no device_map was given; using {device_map}")
+        return device_map
+
+    def adjust_max_memory(self, max_memory):
+        """A tenth is left for what quantising and running need."""
+        return {key: value * 0.90 for key, value in max_memory.items()}
+
+    def param_element_size(self, model, param_name, param) -> float:
+        """Exact: the layers on meta have their packed shapes."""
+        return param.element_size()
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        """For the float weight on its way to ``qweight``: it must not be cast to that parameter's dtype first."""
+        module, _, leaf = param_name.rpartition(".")
+        return not self.pre_quantized and leaf in PACKED_NAMES and module in self.names
+
+    def get_quantize_ops(self):
+        """Quantising is done by the converters; nothing is left to do after them."""
+        from .conversions import Keep
+
+        return Keep()
+
+    def get_new_dtype(self, converter, param, dtype):
+        """bitsandbytes' tensors are read as they are; its scales are not cast to the model's dtype."""
+        from .conversions import ReadBitsandbytes
+
+        return None if isinstance(converter, ReadBitsandbytes) else super().get_new_dtype(converter, param, dtype)
+
+    def update_parallel_plan(self, model, plan: dict) -> None:
+        """Packed weights and their scales are split like the weight they stand for: by rows, or by whole blocks of columns."""
+        patterns = {}
+        for name in self.names:
+            layer = model.get_submodule(name)
+            wildcard = wildcards(name)
+            for leaf, parameter in layer.named_parameters(recurse=False):
+                if leaf in PACKED_NAMES and parameter.dim() == 2:
+                    patterns[f"{wildcard}.{leaf}"] = wildcard
+        for key, wildcard in patterns.items():
+            style = plan.get(f"{wildcard}.weight", plan.get(wildcard))
+            if style is not None:
+                plan.setdefault(key, style)
+
+    # ------------------------------------------------------------------ before the weights
+
+    def _process_model_before_weight_loading(self, model, device_map=None, checkpoint_files=None, **kwargs):
+        from .. import replace
+
+        self.prefix = getattr(model, "base_model_prefix", "") or ""
+        self.checkpoint_files = [str(f) for f in checkpoint_files or [] if str(f).endswith(".safetensors")]
+        rules = set(replace.select_modules(model, self.quantization_config, strict=not self.pre_quantized))
+        if self.pre_quantized and self.checkpoint_files:
+            self.plan_from_files(model, rules)
+        else:
+            for name in rules:
+                self.swap(model, name, self.quantization_config)
+        if not self.names:
+            logger.warning(f"bnbq: {type(model).__name__} has no linear layer to quantise")
+        return model
+
+    def plan_from_files(self, model, rules: set) -> None:
+        """Quantised layers where the files have them, in the format that the files have."""
+        from .stored import StoredCheckpoint
+
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) or nn.is_conv1d(module)}
+        self.stored = StoredCheckpoint(self.checkpoint_files, file_renaming(model))
+        self.stored.check_strangers(model)
+        chosen = self.stored.choose(linears, rules)
+        four = [name for name, layer in chosen.items() if not layer.native and layer.bits == 4]
+        described = self.stored.bnb_settings(four)
+        for name, layer in chosen.items():
+            self.swap(model, name, self.layer_config(layer, described.get(name)))
+            self.stored.check_layer(name, model.get_submodule(name))
+
+    def layer_config(self, layer, described: dict | None):
+        """The config for one stored layer: the model's, or what bitsandbytes says about this layer."""
+        config = self.quantization_config
+        if layer.native or (layer.bits == 8 and config.bits == 8):
+            return config
+        if layer.bits == 8:
+            return BnbqConfig(bits=8, threshold=config.threshold)
+        return BnbqConfig(bits=4, quant_type=described["quant_type"], blocksize=described["blocksize"],
+                          double_quant=described["double_quant"], compute_dtype=config.compute_dtype)
+
+    def swap(self, model, name: str, config) -> None:
+        """Put an unfilled quantised layer where the float layer ``name`` is."""
+        from .. import replace
+
+        module = model.get_submodule(name)
+        layer = replace.make_layer(module, config, device="meta")
+        layer.source_cls = type(module)  # Conv1D stores its weight transposed, and is what dequantising restores
+        layer._is_hf_initialized = True
+        model.set_submodule(name, layer)
+        self.originals[name] = module
+        self.names.add(name)
+
+    def owns(self, name: str) -> bool:
+        """Is ``name``, as a checkpoint writes it (with or without the base model's prefix), one of the quantised layers?"""
+        return name in self.names or f"{self.prefix}.{name}" in self.names or \
+            (name.startswith(f"{self.prefix}.") and name.removeprefix(f"{self.prefix}.") in self.names)
+
+    def update_weight_conversions(self, weight_conversions, model):
+        """The model's own conversions, made to quantise what they make for us, and then ours."""
+        from transformers.core_model_loading import WeightConverter
+
+        from .conversions import Quantize, QuantizeConverted, ReadBitsandbytes
+
+        if self.pre_quantized:
+            return [*weight_conversions, ReadBitsandbytes(self)]
+        wrapped = [QuantizeConverted(entry, self) if isinstance(entry, WeightConverter) else entry for entry in weight_conversions]
+        wrapped.append(Quantize(self))
+        if self.checkpoint_files:
+            self.leave_new_layers(model, wrapped)
+        return wrapped
+
+    def leave_new_layers(self, model, conversions) -> None:
+        """Layers whose weight no file has (a new head) stay float, so that Transformers initialises and reports them."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        known, coming = model.state_dict(), set()
+        for key in checkpoint.read_headers(self.checkpoint_files)[0]:
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+            entry = by_pattern.get(pattern)
+            names = entry.targets(name.removesuffix(".qweight") + ".weight") if hasattr(entry, "targets") and name.endswith(".qweight") \
+                else [name]
+            coming.update(n.rpartition(".")[0] for n in names if n.endswith((".qweight", ".weight")))
+        for entry in conversions:
+            entry._was_used = False
+        for name in sorted(self.names - coming):
+            logger.warning(f"bnbq: {name} stays in float: the checkpoint has no weight for it")
+            model.set_submodule(name, self.originals.pop(name))
+            self.names.discard(name)
+
+    # ------------------------------------------------------------------ after the weights
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        layers = {name: model.get_submodule(name) for name in sorted(self.names)}
+        hooked = hasattr(model, "_hf_hook") or any(hasattr(layer, "_hf_hook") for layer in layers.values())
+        in_memory = {}
+        for name, layer in layers.items():
+            for leaf in layer.packed_spec():
+                parameter = getattr(layer, leaf)
+                parameter.requires_grad_(False)
+                if not hooked and not getattr(parameter, "_is_hf_initialized", False):
+                    raise ValueError(f"{name}.{leaf} was not in the checkpoint; its layer would compute with random weights")
+                if parameter.device.type != "meta":
+                    in_memory[f"{name}.{leaf}"] = parameter
+        if self.stored is not None:
+            checkpoint.verify_checksums(in_memory, self.stored.checksums, self.stored.where)
+        self.originals, self.checkpoint_files, self.stored = {}, [], None
+        self.finish(model)
+        return model
+
+    def finish(self, model) -> None:
+        """What saving and pushing a quantised model need."""
+        self.keep_for_saving(model)
+        model.add_model_tags([self.quantization_config.quant_method])
+        model._upload_modified_files = UploadWithCard()
+
+    def keep_for_saving(self, model) -> None:
+        """Which conversions `save_pretrained` undoes: the model's, not ours; bitsandbytes' names if they are wanted.
+
+        A conversion of the model that would also undo something to a quantised layer (fuse its projections again)
+        is dropped: that layer and its neighbours are saved under the model's own names, which load as well.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightConverter
+
+        from .conversions import Converter, QuantizeConverted, ReadBitsandbytes
+
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is None:  # not from from_pretrained: what Transformers would take when it saves
+            conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(entry, PrefixChange)]
+        ours = [f"{name}.{leaf}" for name in self.names for leaf in ("weight", *PACKED_NAMES)]
+        kept = []
+        for entry in conversions:
+            entry = entry.inner if isinstance(entry, QuantizeConverted) else entry
+            if not isinstance(entry, Converter) and not (isinstance(entry, WeightConverter) and reverts(entry, ours)):
+                kept.append(entry)
+        if self.quantization_config.checkpoint_format == "bitsandbytes":
+            kept.append(ReadBitsandbytes(self))
+            self.spell_out_skips(model)
+        model._weight_conversions = kept
+
+    def spell_out_skips(self, model) -> None:
+        """bitsandbytes drops its default skips once modules are named, so what it must skip is written out in full."""
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) or nn.is_conv1d(module)]
+        default = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+        if {name for name in linears if should_convert_module(name, default)} != self.names:
+            self.quantization_config.skip_modules = sorted(set(linears) - self.names)
+
+    # ------------------------------------------------------------------ saving and undoing
+
+    def get_state_dict_and_metadata(self, model):
+        """None (the model's own state dict is right) and the checksums of the packed tensors."""
+        from .conversions import stored
+
+        tensors = {}
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            for name, module in model.named_modules():
+                if isinstance(module, LAYERS):
+                    for leaf in module.packed_spec():
+                        tensors[f"{name}.{leaf}"] = stored(model, f"{name}.{leaf}", getattr(module, leaf))
+            card_beside_the_files(sys._getframe(1))
+        metadata = {"bnbq_version": str(self.quantization_config.version)}
+        return None, {**metadata, **checkpoint.checksum_metadata({k: v for k, v in tensors.items() if type(v) in PLAIN})}
+
+    def _dequantize(self, model, dtype=None):
+        """Float layers of the kind there was before, in ``dtype``. Needs the packed tensors in memory."""
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+        kinds = original_kinds(model, layers)
+        for name, layer in layers.items():
+            if layer.qweight.device.type == "meta":
+                raise ValueError(f"{name} is offloaded; load the model without \"cpu\" or \"disk\" beside other devices to dequantise it")
+            model.set_submodule(name, float_layer(layer, dtype, kinds[name]))
+            self.names.discard(name)
+        return model
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def original_kinds(model, layers: dict) -> dict:
+    """Name -> class of the float layer that was there: remembered from loading, else looked up in an empty model."""
+    kinds = {name: getattr(layer, "source_cls", None) for name, layer in layers.items()}
+    if None in kinds.values():
+        with torch.device("meta"):
+            empty = type(model)(model.config)
+        for name in [name for name, kind in kinds.items() if kind is None]:
+            kinds[name] = type(empty.get_submodule(name))
+    return kinds
+
+
+def float_layer(layer, dtype: torch.dtype | None = None, kind: type = torch.nn.Linear):
+    """The float layer that a quantised one stands for: nn.Linear, or Conv1D where it was one. Hooks move along."""
+    from transformers.pytorch_utils import Conv1D
+
+    weight = layer.dequantize(dtype)
+    with torch.device("meta"):
+        if issubclass(kind, Conv1D):
+            new, weight = Conv1D(layer.out_features, layer.in_features), weight.t().contiguous()
+        else:
+            new = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    new.weight = torch.nn.Parameter(weight)
+    new.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias.detach().to(weight.dtype))
+    new.train(layer.training)
+    hook = getattr(layer, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(layer)
+        add_hook_to_module(new, hook)
+    return new
+
+
+def reverts(entry, names) -> bool:
+    """Would saving run one of these parameters through the reverse of this conversion?"""
+    try:
+        reverse = entry.reverse_transform()
+    except NotImplementedError:
+        return False
+    return any(reverse.rename_source_key(name)[1] is not None for name in names)
+
+
+def wildcards(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def file_renaming(model):
+    """Name of a float parameter in a checkpoint -> its name in ``model``, by Transformers' renamings and prefix rule."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    known = model.state_dict()
+
+    def rename(key: str) -> str:
+        name = rename_source_key(key, renamings, [], model.base_model_prefix, known)[0]
+        if name not in known and key in known:
+            return key
+        return name
+
+    return rename
+
+
+# ------------------------------------------------------------------ the model card
+
+class UploadWithCard:
+    """Stands for a model's ``_upload_modified_files``: the card that Transformers has just written gets the line
+    that says `import bnbq`. An attribute of the models that we load; no class of Transformers is changed."""
+
+    def __call__(self, working_dir, repo_id, files_timestamps, commit_message=None, **kwargs):
+        checkpoint.write_model_card(working_dir)
+        return PushToHubMixin._upload_modified_files(self, working_dir, repo_id, files_timestamps,
+                                                     commit_message=commit_message or "Upload model", **kwargs)
+
+
+def card_beside_the_files(frame) -> None:
+    """Give a directory that `save_pretrained` is writing a README.md, unless it has one.
+
+    Transformers tells a quantiser everything about saving but where to: the directory is read from the frame of
+    ``save_pretrained``, which called. Another caller, or a later Transformers, simply gets no file.
+    """
+    if frame.f_code.co_name != "save_pretrained" or not frame.f_locals.get("is_main_process", True):
+        return
+    directory = frame.f_locals.get("save_directory")
+    if isinstance(directory, (str, os.PathLike)) and os.path.isdir(directory) and not (Path(directory) / "README.md").exists():
+        checkpoint.write_model_card(directory)
+
+
+# ------------------------------------------------------------------ models quantised in memory
+
+def attach_config(model, config) -> None:
+    """Make a model that `bnbq.quantize_model` quantised save and report like one that `from_pretrained` quantised."""
+    quantizer = BnbqQuantizer(BnbqConfig.from_dict(config.to_native_dict()), pre_quantized=False)
+    quantizer.names = {name for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    for module in model.modules():
+        if hasattr(module, "config") and hasattr(type(module), "from_pretrained"):
+            module.config._is_quantized = True
+    quantizer.finish(model)
+
+
+# ------------------------------------------------------------------ from_pretrained
+
+def from_pretrained(model_class, name_or_path, *args, quantization_config=None, **kwargs):
+    """``model_class.from_pretrained`` that takes what bitsandbytes' users have.
+
+    Args:
+        model_class: an Auto class or a model class of Transformers.
+        quantization_config: None, a BnbqConfig, a transformers.BitsAndBytesConfig, or the JSON of either.
+        kwargs: settings by keyword (``load_in_8bit=True``, ``bnb_4bit_quant_type="nf4"``, every argument of
+            BnbqConfig), and whatever ``from_pretrained`` takes.
+
+    A float checkpoint is quantised while it loads; without any settings it is loaded as it is. A quantised one,
+    written by bnbq or by bitsandbytes, is loaded bit for bit: of the settings only compute_dtype, threshold,
+    checkpoint_format and the bits (which must agree) matter then. Nothing global changes: bitsandbytes' own
+    checkpoints keep loading with bitsandbytes elsewhere in the process.
+    """
+    given = {key: kwargs.pop(key) for key in settings.ARGUMENTS if key in kwargs and key not in ("version", "quant_method")}
+    wanted = resolve_settings(quantization_config, given)
+    config, rest = model_config(model_class, name_or_path, kwargs)
+    owner = stored_settings_owner(config)
+    if owner is None:
+        if wanted is not None:
+            kwargs["quantization_config"] = wanted
+        return model_class.from_pretrained(name_or_path, *args, **kwargs)
+    stored = owner.quantization_config
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored.get("quant_method", "bitsandbytes") not in ("bnbq", "bitsandbytes"):
+        if wanted is not None:
+            raise ValueError(f"{name_or_path} is quantised with {stored['quant_method']}; it cannot be quantised again with bnbq")
+        return model_class.from_pretrained(name_or_path, *args, **kwargs)
+    merged = merge_settings(stored, wanted, given, name_or_path)
+    owner.quantization_config = merged.to_native_dict()
+    return model_class.from_pretrained(name_or_path, *args, config=config, **rest)
+
+
+def resolve_settings(quantization_config, given: dict):
+    """The settings asked for, as a BnbqConfig; None if there are none."""
+    if quantization_config is None:
+        return BnbqConfig(**given) if given else None
+    if isinstance(quantization_config, dict):
+        if quantization_config.get("quant_method") == "bnbq":
+            return BnbqConfig.from_dict({**quantization_config, **given})
+        return BnbqConfig.from_bnb(quantization_config, **given)
+    if isinstance(quantization_config, settings.BnbqConfig):
+        return BnbqConfig(**{**quantization_config.to_native_dict(), **given})
+    return BnbqConfig.from_bnb(quantization_config, **given)
+
+
+def model_config(model_class, name_or_path, kwargs: dict):
+    """The model's config, and the keyword arguments that are left once it has taken its own."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        return config, {key: value for key, value in kwargs.items() if key != "config"}
+    # As Transformers' auto classes do: a dtype is the model's, not the config's.
+    held = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
+    passed = {key: value for key, value in kwargs.items() if key not in held and key != "config"}
+    reader = getattr(model_class, "config_class", None) or AutoConfig
+    config, rest = reader.from_pretrained(config or name_or_path, return_unused_kwargs=True, **passed)
+    hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
+    return config, {**rest, **held, **{key: kwargs[key] for key in hub if key in kwargs}}
+
+
+def stored_settings_owner(config):
+    """The config (of the model or of its text part) that says how the checkpoint is quantised, or None."""
+    for owner in (config, config.get_text_config(decoder=True)):
+        if getattr(owner, "quantization_config", None) is not None:
+            return owner
+    return None
+
+
+def merge_settings(stored: dict, wanted, given: dict, where):
+    """A checkpoint's own settings, with the run-time ones replaced by what was asked for."""
+    config = BnbqConfig.from_dict(stored) if stored.get("quant_method") == "bnbq" else \
+        BnbqConfig.from_bnb(stored, checkpoint_format="bitsandbytes")
+    if wanted is None:
+        return config
+    if wanted.bits != config.bits:
+        raise ValueError(f"{where} is quantised to {config.bits} bits; it cannot be loaded with {wanted.bits}. Quantise the original model")
+    merged = config.to_native_dict()
+    if wanted.compute_dtype is not None:
+        merged["compute_dtype"] = wanted.compute_dtype
+    for key in {"threshold", "checkpoint_format"} & {settings.BNB_NAMES.get(name, name) for name in given}:
+        merged[key] = getattr(wanted, key)
+    return BnbqConfig(**merged)

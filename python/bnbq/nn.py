@@ -1,0 +1,422 @@
+"""Quantised linear layers for PyTorch: ``Linear4bit`` (and ``LinearNF4``, ``LinearFP4``) and ``Linear8bitLt``.
+
+Each is a subclass of ``nn.Linear`` whose tensors are plain frozen Parameters::
+
+    Linear4bit     qweight u8 [n, k / 2]    absmax f32 [n, k / blocksize]
+                   (k % blocksize != 0: 1-D, u8 [ceil(n k / 2)] and f32 [ceil(n k / blocksize)])
+      double_quant absmax u8, absmax2 f32 [ceil(blocks / 256)], absmax_offset f32 [1]
+    Linear8bitLt   qweight i8 [n, k]        absmax f32 [n], or [n, ceil(k / blocksize)]
+    bias           as in nn.Linear: float, trainable if you like
+
+with n = out_features and k = in_features; reference.py defines the bytes. ``forward`` writes nothing. No cast
+(``.to(dtype)``, ``.half()``) touches packed bytes or scales; a move moves everything. ``.weight`` is computed
+when it is read and requantised when it is written (virtual_weight.py).
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from . import ops
+from .state import METADATA_KEY, describe, format_metadata, read_state
+from .config import check_blocksize, check_bool, check_quant_type, check_threshold, parse_dtype
+from .virtual_weight import VirtualWeight
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class QuantizedLinear(nn.Linear):
+    """What the quantised layers share. Subclasses give the format and how to pack, unpack and multiply."""
+
+    _is_hf_initialized = True  # transformers must not initialise packed bytes
+
+    # ------------------------------------------------------------------ what a subclass defines
+
+    def packed_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each packed Parameter, by name."""
+        raise NotImplementedError
+
+    def format(self) -> dict:
+        """The settings that give the packed bytes their meaning."""
+        raise NotImplementedError
+
+    def _pack(self, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ construction
+
+    def _build(self, in_features, out_features, bias, weight_dtype, device) -> None:
+        """The tensors of a new layer: nn.Linear's own random initialisation, quantised; unfilled on meta."""
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{type(self).__name__}: {name} is {value!r}, expected an int")
+            if value < 0:
+                raise ValueError(f"{type(self).__name__}: {name} is {value}, expected at least 0")
+        self.in_features, self.out_features = in_features, out_features
+        dtype = torch.get_default_dtype() if weight_dtype is None else weight_dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"{type(self).__name__}: weight_dtype is {weight_dtype!r}, expected a float dtype")
+        self.weight_dtype = dtype if dtype in WEIGHT_DTYPES else torch.float32
+        dense = nn.Linear(in_features, out_features, bool(bias), device=device, dtype=dtype)
+        # The bias comes first: transformers takes a model's dtype from its first float parameter.
+        self.register_parameter("bias", dense.bias)
+        for name, tensor in self._packed_or_meta(dense.weight.detach()).items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def _packed_or_meta(self, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+        if dense.is_meta:
+            return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in self.packed_spec().items()}
+        return self._pack(dense if dense.dtype in WEIGHT_DTYPES else dense.float())
+
+    @classmethod
+    def from_linear(cls, module: nn.Module, **settings):
+        """Quantise a float layer: nn.Linear, or transformers' Conv1D, whose weight is transposed.
+
+        Args:
+            module: left as it is; its bias Parameter (the object) is used by the new layer too.
+            settings: keyword arguments of the class (``quant_type``, ``blocksize`` ...).
+
+        The layer lies where the module's weight does (meta included) and reports its dtype unless
+        ``weight_dtype`` says otherwise. Raises TypeError for other modules, ValueError for a NaN or an
+        Inf in the weight, naming its index.
+        """
+        weight = dense_weight(module)
+        settings.setdefault("weight_dtype", weight.dtype)
+        layer = cls(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta", **settings)
+        layer.register_parameter("bias", module.bias)
+        if not weight.is_meta:
+            layer.quantize_(weight)
+        return layer.train(module.training)
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's random initialisation, quantised."""
+        fresh = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.qweight.device, dtype=self.weight_dtype)
+        if not self.qweight.is_meta:
+            self.quantize_(fresh.weight.detach())
+            if self.bias is not None:
+                with torch.no_grad():
+                    self.bias.copy_(fresh.bias)
+
+    # ------------------------------------------------------------------ the weight
+
+    @torch.no_grad()
+    def quantize_(self, dense: torch.Tensor):
+        """Replace the weight by ``dense``, float[out_features, in_features] of any strides; returns the layer.
+
+        Quantised on the device of ``dense``, where the packed tensors then lie. On the device where they were,
+        the bytes are written into the same Parameters. Raises TypeError and ValueError (shape, NaN, Inf), and
+        nothing has changed then.
+        """
+        self._check_dense(dense)
+        if dense.is_meta:
+            if not self._parameters["qweight"].is_meta:
+                raise ValueError(f"{self.describe()}: the new weight is on the meta device and has no data")
+            return self
+        for name, tensor in self._packed_or_meta(dense.detach()).items():
+            old = self._parameters[name]
+            if old.device == tensor.device and not old.is_inference():
+                old.copy_(tensor)
+            else:
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        return self
+
+    def _check_dense(self, dense) -> None:
+        if not isinstance(dense, torch.Tensor) or not dense.is_floating_point():
+            raise TypeError(f"{self.describe()}: the new weight is {describe(dense)}, expected a float tensor")
+        if tuple(dense.shape) != (self.out_features, self.in_features):
+            raise ValueError(f"{self.describe()}: the new weight has shape {list(dense.shape)}, "
+                             f"expected {[self.out_features, self.in_features]}")
+
+    def assign_weight(self, dense: torch.Tensor) -> None:
+        """What ``layer.weight = dense`` and ``layer.weight.data = dense`` do: requantise, and report its dtype from now on."""
+        if isinstance(dense, VirtualWeight):
+            dense = dense._layer.dequantize(dense.dtype)
+        self._check_dense(dense)
+        # A plain view: requantising from a DenseWeight must not look like an operation on it.
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = dense.detach().as_subclass(torch.Tensor)
+        self.quantize_(plain)
+        if plain.dtype in WEIGHT_DTYPES:
+            self.weight_dtype = plain.dtype
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight as a plain tensor [out_features, in_features]: fp32 values rounded once to ``dtype``
+        (None: ``weight_dtype``)."""
+        dtype = self.weight_dtype if dtype is None else dtype
+        if self._parameters["qweight"].is_meta:
+            return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+        return self._unpack(dtype) if dtype in WEIGHT_DTYPES else self._unpack(torch.float32).to(dtype)
+
+    @property
+    def weight(self):
+        """The weight, float[out_features, in_features] in ``weight_dtype``: dequantised when its values are read,
+        requantised when it is assigned or written in place. See virtual_weight.py."""
+        return self.dequantize() if torch.compiler.is_compiling() else VirtualWeight(self)
+
+    def __setattr__(self, name, value):
+        if name == "weight":  # nn.Module would register a Parameter of this name
+            self.assign_weight(value)
+        else:
+            super().__setattr__(name, value)
+
+    # ------------------------------------------------------------------ nn.Module's machinery
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts. A move applies to every tensor, a cast to the bias and to the dtype that ``weight`` reports."""
+        packed = {id(self._parameters[name]) for name in self.packed_spec()}
+
+        def moved_not_cast(tensor):
+            result = fn(tensor)
+            return tensor.to(result.device) if id(tensor) in packed and result.dtype != tensor.dtype else result
+
+        super()._apply(moved_not_cast, recurse)
+        probe = fn(torch.empty(0, dtype=self.weight_dtype, device=self._parameters["qweight"].device))
+        if probe.is_floating_point():
+            self.weight_dtype = probe.dtype if probe.dtype in WEIGHT_DTYPES else torch.float32
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})[METADATA_KEY] = format_metadata(self)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        name = prefix[:-1] or type(self).__name__
+        entries = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        try:
+            packed, used, missing = read_state(self, entries, local_metadata.get(METADATA_KEY), name)
+            bias = entries.get("bias")
+            if self.bias is not None and "bias" in entries and getattr(bias, "shape", None) != self.bias.shape:
+                raise ValueError(f"{name}.bias: got {describe(bias)}, wanted shape {list(self.bias.shape)}")
+            if "qweight_source" in packed:  # a dense weight
+                packed = self._quantize_entry(packed["qweight_source"], name)
+        except (ValueError, TypeError) as error:
+            error_msgs.append(str(error))
+            return
+        if self.bias is not None and "bias" not in entries:
+            missing = ["bias", *missing]
+        missing_keys += [prefix + key for key in missing]
+        own = {"bias"} if self.bias is not None else set()
+        unexpected_keys += [prefix + key for key in entries if key not in used | own and key.partition(".")[0] not in self._modules]
+        checked = {prefix + key: value for key, value in packed.items()}
+        checked |= {prefix + key: entries[key] for key in own if key in entries}
+        super()._load_from_state_dict(checked, prefix, local_metadata, False, [], [], error_msgs)
+
+    def _quantize_entry(self, weight: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+        if weight.is_meta:
+            return {}
+        try:
+            return self._packed_or_meta(weight.detach())
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from None
+
+    # ------------------------------------------------------------------ settings
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype to which inputs are rounded before the product; None is the input's own. PEFT reads it."""
+        return self._compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, value) -> None:
+        self._compute_dtype = parse_dtype(value, f"{type(self).__name__}.compute_dtype")
+
+    def describe(self) -> str:
+        """"Linear4bit(4096, 1024, nf4)" for messages."""
+        return f"{type(self).__name__}({self.in_features}, {self.out_features}, {self.format().get('quant_type', 'int8')})"
+
+    def extra_repr(self) -> str:
+        settings = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None,
+                    **self._extra_settings()}
+        if self.compute_dtype is not None:
+            settings["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+        return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+class Linear4bit(QuantizedLinear):
+    """A linear layer whose weight is stored with 4 bits per element and a scale per block.
+
+    ``forward``: x float[..., in_features] -> [..., out_features] in x's dtype. The weight is dequantised inside the
+    product; x is rounded to ``compute_dtype`` first if one is set; sums are fp32.
+
+    Args:
+        quant_type: "nf4" (Dettmers et al. 2023, QLoRA), "fp4" or "int4".
+        blocksize: elements that share a scale: 32, 64, 128 ... 4096.
+        double_quant: quantise the scales too (QLoRA section 3): 0.4 bits per element less at blocksize 64.
+        compute_dtype: float32, bfloat16 or float16 (torch.dtype or name); None (default) is the input's dtype.
+        weight_dtype: what ``weight`` reports and dequantises to; None is torch's default dtype.
+        device: "meta" makes an unfilled layer.
+
+    ``Linear4bit(i, o)`` starts with the random weight that ``nn.Linear(i, o)`` would have, quantised.
+    ``from_linear`` quantises a layer there is. Raises TypeError and ValueError for bad settings.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, quant_type: str = "nf4", blocksize: int = 64,
+                 double_quant: bool = False, compute_dtype=None, weight_dtype: torch.dtype | None = None, device=None):
+        nn.Module.__init__(self)  # not nn.Linear's, which would register a dense weight
+        self._quant_type = check_quant_type(quant_type)
+        self._blocksize = check_blocksize(blocksize)
+        self._double_quant = check_bool(double_quant, "double_quant")
+        self.compute_dtype = compute_dtype
+        self._build(in_features, out_features, bias, weight_dtype, device)
+
+    # The format belongs to the bytes: it cannot be assigned.
+    quant_type = property(lambda self: self._quant_type, doc='"nf4", "fp4" or "int4"')
+    blocksize = property(lambda self: self._blocksize, doc="elements per scale")
+    double_quant = property(lambda self: self._double_quant, doc="whether the scales are quantised")
+
+    def packed_spec(self):
+        n, k, blocksize = self.out_features, self.in_features, self._blocksize
+        blocks = math.ceil(n * k / blocksize)
+        whole = k % blocksize == 0
+        scales = (n, k // blocksize) if whole else (blocks,)
+        spec = {"qweight": ((n, k // 2) if whole else (math.ceil(n * k / 2),), torch.uint8),
+                "absmax": (scales, torch.uint8 if self._double_quant else torch.float32)}
+        if self._double_quant:
+            spec["absmax2"] = ((math.ceil(blocks / 256),), torch.float32)
+            spec["absmax_offset"] = ((1,), torch.float32)
+        return spec
+
+    def format(self):
+        return {"quant_type": self._quant_type, "blocksize": self._blocksize, "double_quant": self._double_quant}
+
+    def _pack(self, dense):
+        packed = ops.quantize_4bit(dense, self._quant_type, self._blocksize, self._double_quant)
+        return {name: getattr(packed, name) for name in self.packed_spec()}
+
+    def _unpack(self, dtype):
+        tensors = self._parameters
+        return ops.dequantize_4bit(
+            tensors["qweight"], tensors["absmax"], (self.out_features, self.in_features), absmax2=tensors.get("absmax2"),
+            absmax_offset=tensors.get("absmax_offset"), quant_type=self._quant_type, blocksize=self._blocksize, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tensors = self._parameters  # not self.qweight: nn.Module's lookup costs a microsecond
+        return ops.linear4bit(
+            x, tensors["qweight"], tensors["absmax"], self.out_features, tensors["bias"], absmax2=tensors.get("absmax2"),
+            absmax_offset=tensors.get("absmax_offset"), quant_type=self._quant_type, blocksize=self._blocksize,
+            compute_dtype=self._compute_dtype)
+
+    def _extra_settings(self):
+        return {"quant_type": self._quant_type, "blocksize": self._blocksize, "double_quant": self._double_quant}
+
+
+class LinearNF4(Linear4bit):
+    """``Linear4bit`` with the nf4 format."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **settings):
+        super().__init__(in_features, out_features, bias, quant_type="nf4", **settings)
+
+
+class LinearFP4(Linear4bit):
+    """``Linear4bit`` with the fp4 format."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **settings):
+        super().__init__(in_features, out_features, bias, quant_type="fp4", **settings)
+
+
+class Linear8bitLt(QuantizedLinear):
+    """A linear layer whose weight is stored as int8 with a scale per row, multiplied as LLM.int8() does.
+
+    ``forward``: x float[..., in_features] -> [..., out_features] in x's dtype. Each row of x is quantised to int8 by
+    its own absmax; elements with ``|x| >= threshold`` are multiplied in float instead (Dettmers et al. 2022, section 3;
+    per row, so that a row's result does not depend on its neighbours). The int8 product is exact.
+
+    Args:
+        threshold: 6.0 by default; 0 for none.
+        blocksize: 0 (default) is one scale per row; 32, 64 ... 4096 is one per that many columns of a row.
+        weight_dtype, device: as in ``Linear4bit``.
+
+    ``compute_dtype`` may be assigned: inputs are then rounded to it first.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, threshold: float = 6.0, blocksize: int = 0,
+                 compute_dtype=None, weight_dtype: torch.dtype | None = None, device=None):
+        nn.Module.__init__(self)
+        self.threshold = threshold
+        self._blocksize = check_blocksize(blocksize, per_row=True)
+        self.compute_dtype = compute_dtype
+        self._build(in_features, out_features, bias, weight_dtype, device)
+
+    blocksize = property(lambda self: self._blocksize, doc="columns per scale; 0 is one scale per row")
+
+    @property
+    def threshold(self) -> float:
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value) -> None:
+        self._threshold = check_threshold(value, f"{type(self).__name__}.threshold")
+
+    @property
+    def state(self) -> SimpleNamespace:
+        """For code that knows bitsandbytes' ``state``: SCB holds the scales. What is assigned to it is forgotten."""
+        return SimpleNamespace(SCB=self._parameters["absmax"], CB=None, CxB=None, has_fp16_weights=False,
+                               threshold=self._threshold)
+
+    def packed_spec(self):
+        n, k = self.out_features, self.in_features
+        scales = (n, math.ceil(k / self._blocksize)) if self._blocksize else (n,)
+        return {"qweight": ((n, k), torch.int8), "absmax": (scales, torch.float32)}
+
+    def format(self):
+        return {"blocksize": self._blocksize}
+
+    def _pack(self, dense):
+        qweight, absmax = ops.quantize_8bit(dense, self._blocksize)
+        return {"qweight": qweight, "absmax": absmax}
+
+    def _unpack(self, dtype):
+        return ops.dequantize_8bit(self._parameters["qweight"], self._parameters["absmax"], blocksize=self._blocksize, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tensors, dtype = self._parameters, self._compute_dtype
+        if dtype is not None and dtype != x.dtype:
+            x = x.to(dtype).to(x.dtype)
+        return ops.linear8bitlt(x, tensors["qweight"], tensors["absmax"], tensors["bias"],
+                                threshold=self._threshold, blocksize=self._blocksize)
+
+    def _extra_settings(self):
+        return {"threshold": self._threshold, "blocksize": self._blocksize}
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """The weight of a float linear layer as [out_features, in_features]; transformers' Conv1D stores it transposed.
+
+    TypeError for any other module.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        return weight.detach()
+    if is_conv1d(module):
+        return weight.detach().t()
+    raise TypeError(f"from_linear: got {type(module).__name__}, expected nn.Linear or transformers' Conv1D")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2's linear layer), recognised without importing transformers."""
+    return any(base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in type(module).__mro__)
+
+
+def set_compute_dtype(model: nn.Module, dtype) -> int:
+    """Set ``compute_dtype`` of every quantised layer of a model; None is the input's dtype. Returns their number.
+
+    Raises TypeError or ValueError for a dtype that is not float32, bfloat16 or float16, ValueError for a model
+    without quantised layers.
+    """
+    dtype = parse_dtype(dtype, "set_compute_dtype: dtype")
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    if not layers:
+        raise ValueError(f"set_compute_dtype: {type(model).__name__} has no quantised layer")
+    for layer in layers:
+        layer.compute_dtype = dtype
+    return len(layers)

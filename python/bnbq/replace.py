@@ -1,0 +1,345 @@
+"""Replace the linear layers of a model by quantised ones.
+
+``quantize_model`` does it to any nn.Module; ``select_modules`` and ``make_layer`` are the two halves that the
+transformers integration uses while it loads.
+
+What is replaced: modules of exactly the type nn.Linear, and transformers' Conv1D. Subclasses of nn.Linear
+are left alone, since nothing is known of their forward.
+
+What is kept although it could be replaced, and how it is recognised (``keep_reason`` is the code):
+
+    output head          what get_output_embeddings() returns; a component lm_head, embed_out, head, heads
+    classifier head      a component score, classifier, classification_head, qa_outputs
+    tied weight          another parameter name refers to the same tensor
+    MoE router           a component router (or ending in _router), shared_expert_gate, or a last component gate
+                         or wg in a module that has experts (gate_proj is not a router)
+    single output        out_features == 1: a value or gate that decides much and weighs nothing
+    kept in fp32         the model's _keep_in_fp32_modules
+    last layer           the owner of the last parameter of a transformers model, as transformers does
+    adapter              layers that PEFT added beside or in place of others
+
+``skip_modules`` adds to these; ``include_modules`` overrides them. A name there means a run of whole components of a
+module's dotted name: "lm_head", "mlp.gate" and "layers.0" match in "model.layers.0.mlp.gate"; "gat" and "layers.1"
+(in "layers.11") do not. There are no wildcards, and a name that matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn as torch_nn
+
+from . import nn
+from .config import BnbqConfig, check_names
+from .report import Report, largest_unquantized, report
+
+logger = logging.getLogger("bnbq")
+
+OUTPUT_HEADS = {"lm_head", "embed_out", "head", "heads"}
+CLASSIFIER_HEADS = {"score", "classifier", "classification_head", "qa_outputs"}
+GATES = {"gate", "wg"}
+HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+         "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
+ENOUGH = 0.9
+"""Below this part of the bytes that could have been quantised, quantize_model warns."""
+
+
+class Selection(NamedTuple):
+    """Linear layers by name: those to replace, and why each other one is kept."""
+
+    modules: dict[str, torch_nn.Module]
+    kept: dict[str, str]
+
+
+def resolve_config(config) -> BnbqConfig:
+    """None, a BnbqConfig, a BitsAndBytesConfig, or the JSON of either -> BnbqConfig."""
+    if config is None:
+        return BnbqConfig()
+    if isinstance(config, BnbqConfig):
+        return config
+    if isinstance(config, dict) and not any("load_in_" in key for key in config):
+        return BnbqConfig.from_dict(config)
+    return BnbqConfig.from_bnb(config)
+
+
+# ------------------------------------------------------------------ which layers
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` is a run of whole components of the dotted ``name``."""
+    return f".{pattern}." in f".{name}."
+
+
+def select(model: torch_nn.Module, config=None, include=(), strict: bool = True) -> Selection:
+    """The linear layers of ``model`` that ``config`` quantises, and why the others are kept.
+
+    Args:
+        include: module names to quantise although a default rule would keep them, beside those in the config.
+        strict: raise ValueError for a name in skip_modules or include that matches no module. The names of
+            the default rules never raise: "lm_head" is skipped in a model without one.
+
+    A name that is both skipped and included is a ValueError, as is one that includes what cannot be replaced.
+    """
+    config = resolve_config(config)
+    skipped = config.skip_modules or []
+    included = [*(config.include_modules or []), *(check_names(include, "include") or [])]
+    if strict:
+        check_patterns(model, skipped, "skip_modules")
+        check_patterns(model, included, "include")
+    facts = Facts(model)
+    chosen, kept = {}, {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch_nn.Linear) and not nn.is_conv1d(module):
+            continue
+        skip = next((pattern for pattern in skipped if matches(pattern, name)), None)
+        force = next((pattern for pattern in included if matches(pattern, name)), None)
+        if skip and force:
+            raise ValueError(f"{name} is both in skip_modules ({skip!r}) and in include ({force!r})")
+        impossible = not_replaceable(module)
+        if impossible and force == name:
+            raise ValueError(f"include: {name} cannot be quantised: {impossible}")
+        reason = impossible or (f"skip_modules: {skip}" if skip else None) or (None if force else keep_reason(name, module, facts))
+        if reason:
+            kept[name] = reason
+        else:
+            chosen[name] = module
+    return Selection(chosen, kept)
+
+
+def select_modules(model: torch_nn.Module, config=None, include=(), strict: bool = True) -> dict[str, torch_nn.Module]:
+    """Name -> module for the linear layers that ``config`` quantises. Arguments as in ``select``."""
+    return select(model, config, include, strict).modules
+
+
+def check_patterns(model: torch_nn.Module, patterns, argument: str) -> None:
+    """ValueError for a name that matches no module and no parameter of the model."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in patterns:
+        if pattern in OUTPUT_HEADS | CLASSIFIER_HEADS or any(matches(pattern, name) for name in names):
+            continue
+        components = sorted({part for name in names for part in name.split(".") if part} | set(names))
+        close = difflib.get_close_matches(pattern, components, 3)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        if any(character in pattern for character in "*?[](|^$\\"):
+            hint = "; names are matched literally, without wildcards"
+        raise ValueError(f"{argument}: {pattern!r} matches no module of {type(model).__name__}{hint}")
+
+
+class Facts:
+    """What the default rules need to know of a model as a whole."""
+
+    def __init__(self, model: torch_nn.Module):
+        self.modules = dict(model.named_modules())
+        is_hf = hasattr(model, "get_output_embeddings")
+        head = model.get_output_embeddings() if is_hf else None
+        self.heads = {id(module) for module in (head if isinstance(head, (list, tuple)) else [head]) if module is not None}
+        uses = Counter(id(parameter) for module in self.modules.values() for parameter in module._parameters.values())
+        self.tied = {identity for identity, count in uses.items() if count > 1}
+        declared = getattr(model, "all_tied_weights_keys", None) or {}
+        self.tied_names = {name.removesuffix(".weight") for pair in declared.items() for name in pair} if isinstance(declared, dict) else set()
+        self.fp32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+        last = next((name for name, _ in reversed(list(model.named_parameters()))), "")
+        self.last = last.rpartition(".")[0] if is_hf else None
+
+    def ancestors(self, name: str) -> Iterator[tuple[torch_nn.Module, str]]:
+        """Each module above ``name`` and the rest of the name from there, innermost first."""
+        parts = name.split(".")
+        for i in range(len(parts) - 1, -1, -1):
+            yield self.modules[".".join(parts[:i])], ".".join(parts[i:])
+
+
+def not_replaceable(module: torch_nn.Module) -> str | None:
+    """Why a layer cannot be replaced at all, or None."""
+    if isinstance(module, nn.QuantizedLinear):
+        return "already quantised"
+    if isinstance(module, torch_nn.Linear) and type(module) is not torch_nn.Linear:
+        return f"subclass of nn.Linear: {type(module).__module__}.{type(module).__qualname__}"
+    return None
+
+
+def keep_reason(name: str, module: torch_nn.Module, facts: Facts) -> str | None:
+    """The default rule that keeps a linear layer in float, or None. The table is at the head of this file."""
+    parts = set(name.split("."))
+    last = name.rpartition(".")[2]
+    if id(module) in facts.heads or parts & OUTPUT_HEADS:
+        return "output head"
+    if parts & CLASSIFIER_HEADS:
+        return "classifier head"
+    if id(module.weight) in facts.tied or name in facts.tied_names:
+        return "tied weight"
+    parent = next(facts.ancestors(name))[0] if name else None
+    if (any(part == "router" or part.endswith("_router") for part in parts) or last == "shared_expert_gate"
+            or (last in GATES and looks_like_moe(parent))):
+        return "MoE router"
+    if nn.dense_weight(module).shape[0] == 1:
+        return "single output"
+    if any(matches(pattern, name) for pattern in facts.fp32):
+        return "kept in fp32 by the model"
+    if name == facts.last:
+        return "last layer"
+    if name and any(hasattr(above, "base_layer") and not rest.startswith("base_layer") for above, rest in facts.ancestors(name)):
+        return "adapter"
+    if "modules_to_save" in parts:
+        return "adapter"
+    return None
+
+
+def looks_like_moe(module: torch_nn.Module) -> bool:
+    """Whether a module chooses among experts: it has them, or its class is named so."""
+    kind = type(module).__name__.lower()
+    return any("expert" in child for child in (*module._modules, *module._parameters)) or any(word in kind for word in ("moe", "sparse", "expert"))
+
+
+# ------------------------------------------------------------------ replacing
+
+def make_layer(module: torch_nn.Module, config=None, device=None) -> nn.QuantizedLinear:
+    """A quantised layer for a float one.
+
+    Args:
+        module: nn.Linear or Conv1D; left as it is.
+        device: None quantises the weight where it lies (a layer on meta stays unfilled); "meta" makes an
+            unfilled layer of the same sizes, to be loaded later.
+    """
+    config = resolve_config(config)
+    kind = nn.Linear4bit if config.bits == 4 else nn.Linear8bitLt
+    if device is not None and torch.device(device).type == "meta":
+        weight = nn.dense_weight(module)
+        layer = kind(weight.shape[1], weight.shape[0], module.bias is not None, weight_dtype=weight.dtype, device="meta",
+                     **config.layer_settings())
+        if layer.bias is not None:
+            layer.bias.requires_grad_(module.bias.requires_grad)
+        layer.train(module.training)
+    else:
+        layer = kind.from_linear(module, **config.layer_settings())
+        if device is not None:
+            layer.to(device)
+    for hooks in HOOKS:  # a hook of the user's must not fall silent
+        if module.__dict__.get(hooks):
+            layer.__dict__[hooks] = module.__dict__[hooks]
+    return layer
+
+
+def quantize_model(model: torch_nn.Module, config=None, *, device_map=None, max_memory: dict | None = None,
+                   offload_folder=None, include=(), progress=None) -> Report:
+    """Quantise the linear layers of a model in place, and place the model if asked.
+
+    Args:
+        model: any nn.Module with its weights in memory; on the meta device its layers are replaced unfilled.
+        config: BnbqConfig, BitsAndBytesConfig or None (nf4). See the head of this file for what is kept in float.
+        device_map: None leaves every tensor where it is. A device (torch.device, "cpu", "cuda:0", an int) moves
+            the model there. "auto", "balanced", "balanced_low_0" and "sequential" let Accelerate plan over the packed
+            sizes, within ``max_memory``; a dict gives a device, "cpu" or "disk" by module name. Layers on "cpu"
+            and "disk" stay quantised and compute on the CPU.
+        offload_folder: where the tensors of "disk" go; a folder of its own is made in it and removed with the model.
+        include: names of modules to quantise although a default rule keeps them.
+        progress: True shows a bar (tqdm); a function is called with (layers done, layers in all, name).
+
+    Layers are quantised one at a time, where their weights lie, and each float weight is let go before the next.
+    Returns the report on the model, whose first line is logged at level INFO to the logger "bnbq". Warns when
+    less than 90 % of the bytes outside embeddings and ``skip_modules`` were quantised.
+
+    Raises ValueError for a weight with NaN or Inf, naming the layer and the index, and for names that match nothing;
+    TypeError for a model that is itself a linear layer. The model is usable after an error: layers replaced before
+    it stay quantised, the others are as they were.
+    """
+    if isinstance(model, torch_nn.Linear) or nn.is_conv1d(model):
+        raise TypeError(f"quantize_model: the model is a {type(model).__name__} and cannot replace itself; use Linear4bit.from_linear")
+    config = resolve_config(config)
+    if device_map is not None:
+        from . import placement
+
+        placement.check_device_map(model, device_map)
+    selection = select(model, config, include)
+    check_hooks(model, selection.modules)
+    owners = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            owners.setdefault(id(module), []).append(name)
+    places = {name: owners[id(module)] for name, module in selection.modules.items()}
+    kept = selection.kept
+    del selection, module  # nothing here may keep a float weight alive
+
+    steps = Progress(progress, len(places))
+    for done, (name, names) in enumerate(places.items()):
+        try:
+            layer = make_layer(model.get_submodule(name), config)
+        except (ValueError, TypeError, RuntimeError) as error:
+            kind = next(kind for kind in (ValueError, TypeError, RuntimeError) if isinstance(error, kind))
+            raise kind(f"{name}: {error} ({done} of {len(places)} layers are quantised and stay so; "
+                       "this one and the rest are as they were)") from error
+        for place in names:
+            parent, _, attribute = place.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, layer)
+        steps(done + 1, name)
+    mark(model, config)
+    if device_map is not None:
+        placement.place(model, device_map, max_memory, offload_folder)
+    result = report(model, kept=kept)
+    logger.info("%s", result.summary())
+    warn_about_rest(result)
+    return result
+
+
+def check_hooks(model, modules) -> None:
+    """A model that Accelerate dispatched computes through hooks, which a new layer would not have."""
+    for name, module in modules.items():
+        if hasattr(module, "_hf_hook"):
+            raise ValueError(f"{name} has a hook of Accelerate: the model was dispatched with a device_map. Quantise before dispatching "
+                             "(quantize_model takes a device_map), or while loading (from_pretrained with quantization_config)")
+    floats = [name for name, module in modules.items() if not module.weight.is_meta]
+    if floats and len(floats) < len(modules):
+        name = next(name for name, module in modules.items() if module.weight.is_meta)
+        raise ValueError(f"{name}.weight is on the meta device while {floats[0]}.weight has data; load the whole model first")
+
+
+def mark(model: torch_nn.Module, config: BnbqConfig) -> None:
+    """Leave the settings on the model, where saving finds them."""
+    model.bnbq_config = config
+    if hasattr(model, "save_pretrained"):
+        from .integrations import transformers
+
+        attach = getattr(transformers, "attach_config", None)
+        if attach is not None:
+            attach(model, config)
+
+
+def warn_about_rest(result: Report) -> None:
+    """One warning when a good part of the model was not quantised and no rule of the user's says so."""
+    quantized = sum(row.bytes_as_float for row in result.rows if row.quantized)
+    others = [row for row in result.rows if not row.quantized and not row.why.startswith(("embedding", "skip_modules"))]
+    rest = sum(row.bytes for row in others)
+    if rest and quantized < ENOUGH * (quantized + rest):
+        warnings.warn(f"quantize_model: only {quantized / (quantized + rest):.0%} of the parameter bytes outside embeddings were quantised; "
+                      f"the largest left: {largest_unquantized(others)}", stacklevel=3)
+
+
+class Progress:
+    """``progress`` of quantize_model: nothing, a bar, or the user's function."""
+
+    def __init__(self, progress, total: int):
+        self.total, self.call, self.bar = total, None, None
+        if progress is True:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="layer", desc="quantising")
+        elif callable(progress):
+            self.call = progress
+        elif progress not in (None, False):
+            raise TypeError(f"progress: got {progress!r}, expected True or a function of (done, total, name)")
+
+    def __call__(self, done: int, name: str) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+            if done == self.total:
+                self.bar.close()
+        elif self.call is not None:
+            self.call(done, self.total, name)
+
+
+set_compute_dtype = nn.set_compute_dtype

@@ -1,0 +1,318 @@
+"""What is in a quantised model: formats, bytes, why the rest is float, and which kernels run.
+
+All sizes are exact: everything a quantised layer keeps is an ordinary Parameter. Parameter counts are
+logical, those of the float model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn as torch_nn
+
+from . import _bnbq, nn
+
+
+# ------------------------------------------------------------------ sizes
+
+def tensors_of(model: torch_nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every Parameter and buffer once, by its first name."""
+    seen = set()
+    for tensors in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in tensors:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor
+
+
+def get_memory_footprint(model: torch_nn.Module) -> int:
+    """Bytes of all parameters and buffers, tied ones counted once; offloaded ones count too."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in tensors_of(model))
+
+
+def count_parameters(model: torch_nn.Module, trainable: bool | None = None) -> int:
+    """Parameters of the model as if it were float: a quantised weight counts out_features * in_features.
+
+    Args:
+        trainable: True counts only those that require a gradient, False only the others.
+    """
+    packed = {}  # the first of a layer's packed tensors stands for the weight, the others for nothing
+    for module in model.modules():
+        if isinstance(module, nn.QuantizedLinear):
+            for i, name in enumerate(module.packed_spec()):
+                packed[id(module._parameters[name])] = module.in_features * module.out_features if i == 0 else 0
+    total = 0
+    for parameter in model.parameters():
+        # Scales may be made to require a gradient by accident; the quantised weight is frozen all the same.
+        frozen = id(parameter) in packed or not parameter.requires_grad
+        if trainable is None or trainable != frozen:
+            total += packed.get(id(parameter), parameter.numel())
+    return total
+
+
+def print_trainable_parameters(model: torch_nn.Module) -> None:
+    """Print one line: trainable and logical parameters, as PEFT does for float models."""
+    trainable, total = count_parameters(model, trainable=True), count_parameters(model)
+    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / max(total, 1):.4f}")
+
+
+# ------------------------------------------------------------------ the report
+
+@dataclass
+class Row:
+    """One module that owns tensors. Tied tensors belong to the first that has them."""
+
+    name: str
+    kind: str                    # class name
+    format: str                  # "nf4/64", "nf4/64+dq", "int8/row", "bfloat16"
+    bits: float                  # per logical parameter of the weight, scales included
+    bytes: int                   # of all its tensors
+    parameters: int              # logical
+    quantized: bool
+    why: str                     # for the others: why they are float
+    kernel: str = ""
+    bytes_as_float: int = 0      # what the tensors would take in the layer's float dtype
+    linear: bool = False
+    error: float | None = None   # |W - Wq| / |W|, Frobenius, with `against`
+
+
+@dataclass
+class Report:
+    """Rows of a model; ``str(report)`` is a table, ``summary()`` one line, ``to_dict()`` is for JSON."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> list[Row]:
+        return [row for row in self.rows if row.quantized]
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def bytes_as_float(self) -> int:
+        return sum(row.bytes_as_float for row in self.rows)
+
+    @property
+    def fraction(self) -> float:
+        """Part of the float model's bytes that is quantised now."""
+        return sum(row.bytes_as_float for row in self.quantized) / max(self.bytes_as_float, 1)
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight of the quantised layers, scales included."""
+        weights = sum(row.parameters for row in self.quantized)
+        return sum(row.bits * row.parameters for row in self.quantized) / max(weights, 1)
+
+    def summary(self) -> str:
+        linears = [row for row in self.rows if row.linear]
+        if not self.quantized:
+            return f"0 of {len(linears)} linear layers quantised, {readable(self.bytes)}"
+        formats = sorted({row.format for row in self.quantized})
+        kept = [row.name for row in linears if not row.quantized]
+        line = (f"{len(self.quantized)} of {len(linears)} linear layers quantised to {', '.join(formats)}: {self.fraction:.1%} of the bytes, "
+                f"{self.bits:.2f} bits per weight, {readable(self.bytes_as_float)} -> {readable(self.bytes)}")
+        return line + (f"; kept: {listed(kept)}" if kept else "")
+
+    def text(self, every: bool = False) -> str:
+        """A table. Rows that differ only in their numbering ("layers.0", "layers.1") are one line unless ``every``."""
+        groups = {}
+        for row in self.rows:
+            name = row.name if every else re.sub(r"\b\d+\b", "*", row.name)
+            groups.setdefault((name, row.kind, row.format, row.why, row.kernel), []).append(row)
+        errors = any(row.error is not None for row in self.rows)
+        table = [("module", "class", "format", "bits", "bytes", *(["error"] if errors else []), "kernel / why float")]
+        for (name, kind, form, why, kernel), rows in groups.items():
+            many = f" x{len(rows)}" if len(rows) > 1 else ""
+            worst = max((row.error for row in rows if row.error is not None), default=None)
+            weights = sum(row.parameters for row in rows)
+            bits = sum(row.bits * row.parameters for row in rows) / max(weights, 1)
+            table.append((name + many, kind, form, f"{bits:.2f}", readable(sum(row.bytes for row in rows)),
+                          *(["" if worst is None else f"{worst:.4f}"] if errors else []), kernel or why))
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+        return "\n".join([self.summary(), "", *lines])
+
+    __str__ = text
+
+    def to_dict(self) -> dict:
+        return {"summary": self.summary(), "bytes": self.bytes, "bytes_as_float": self.bytes_as_float, "bits": self.bits,
+                "fraction": self.fraction, "rows": [asdict(row) for row in self.rows]}
+
+
+def report(model: torch_nn.Module, against: torch_nn.Module | None = None, *, kept: dict[str, str] | None = None) -> Report:
+    """Say for every module that owns tensors what it is, what it takes and why it is float.
+
+    Args:
+        against: the float model with the same module names; each quantised weight is then compared with it.
+        kept: linear layer -> why it was kept; None finds out by the model's settings and the default rules.
+
+    A name of a quantised layer that ``against`` lacks, or has in another shape, is a ValueError.
+    """
+    kept = find_kept(model) if kept is None else kept
+    first = {id(tensor): name for name, tensor in tensors_of(model)}
+    rows = []
+    for name, module in model.named_modules():
+        tensors = {**{k: v for k, v in module._parameters.items() if v is not None}, **{k: v for k, v in module._buffers.items() if v is not None}}
+        if not tensors:
+            continue
+        owned = {k: v for k, v in tensors.items() if first[id(v)] == (f"{name}.{k}" if name else k)}
+        tied = [k for k in tensors if k not in owned]
+        row = describe_quantized(name, module) if isinstance(module, nn.QuantizedLinear) else describe_float(name, module, owned, kept)
+        if tied and not owned:
+            row.why = f"tied to {first[id(tensors[tied[0]])]}"
+        if against is not None and row.quantized:
+            row.error = relative_error(name, module, against)
+        rows.append(row)
+    return Report(rows)
+
+
+def describe_quantized(name: str, layer: nn.QuantizedLinear) -> Row:
+    packed = sum(layer._parameters[key].numel() * layer._parameters[key].element_size() for key in layer.packed_spec())
+    weights = layer.in_features * layer.out_features
+    bias = 0 if layer.bias is None else layer.bias.numel() * layer.bias.element_size()
+    count = weights + (0 if layer.bias is None else layer.bias.numel())
+    return Row(name, type(layer).__name__, format_name(layer), 8 * packed / max(weights, 1), packed + bias, count, True, "",
+               explain(layer).kernel, weights * layer.weight_dtype.itemsize + bias, True)
+
+
+def describe_float(name: str, module: torch_nn.Module, owned: dict, kept: dict) -> Row:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in owned.values())
+    count = sum(tensor.numel() for key, tensor in owned.items() if key in module._parameters)
+    numbers = sum(tensor.numel() for tensor in owned.values())
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in owned.values()})
+    linear = isinstance(module, torch_nn.Linear) or nn.is_conv1d(module)
+    if linear:
+        why = kept.get(name, "not quantised")
+    elif isinstance(module, (torch_nn.Embedding, torch_nn.EmbeddingBag)):
+        why = "embedding"
+    elif any(tensor.dim() >= 3 for key, tensor in owned.items() if key in module._parameters and "expert" in f"{name}.{key}"):
+        why = "3-D expert weights, not a linear layer"
+    else:
+        why = "buffers" if not count else "not a linear layer"
+    return Row(name, type(module).__name__, "/".join(dtypes), 8 * size / max(numbers, 1), size, count, False, why,
+               "", size, linear)
+
+
+def format_name(layer: nn.QuantizedLinear) -> str:
+    if isinstance(layer, nn.Linear4bit):
+        return f"{layer.quant_type}/{layer.blocksize}" + ("+dq" if layer.double_quant else "")
+    return f"int8/{layer.blocksize or 'row'}"
+
+
+def find_kept(model: torch_nn.Module) -> dict[str, str]:
+    """Linear layer -> why it is float, by the settings the model was quantised with; {} for a float model."""
+    if not any(isinstance(module, nn.QuantizedLinear) for module in model.modules()):
+        return {}
+    from .config import BnbqConfig
+    from .replace import select
+
+    config = getattr(model, "bnbq_config", None) or getattr(getattr(model, "config", None), "quantization_config", None)
+    return select(model, config if isinstance(config, BnbqConfig) else None, strict=False).kept
+
+
+def relative_error(name: str, layer: nn.QuantizedLinear, against: torch_nn.Module) -> float | None:
+    try:
+        weight = nn.dense_weight(against.get_submodule(name))
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"report: against has no linear layer {name!r}: {error}") from None
+    if tuple(weight.shape) != (layer.out_features, layer.in_features):
+        raise ValueError(f"report: {name} is {[layer.out_features, layer.in_features]}, in against it is {list(weight.shape)}")
+    if weight.is_meta or layer.qweight.is_meta:
+        return None
+    weight = weight.float()
+    norm = weight.norm().item()
+    difference = (layer.dequantize(torch.float32) - weight.to(layer.qweight.device)).norm().item()
+    return difference / norm if norm else (math.inf if difference else 0.0)
+
+
+def largest_unquantized(rows: list[Row], count: int = 3) -> str:
+    """"model.layers.*.mlp.experts (5.2 GB, 3-D expert weights ...)" for a warning; like-named rows are added up."""
+    sums = {}
+    for row in rows:
+        key = re.sub(r"\b\d+\b", "*", row.name) or "(the model itself)", row.why
+        sums[key] = sums.get(key, 0) + row.bytes
+    largest = sorted(sums.items(), key=lambda item: -item[1])[:count]
+    return ", ".join(f"{name} ({readable(size)}, {why})" for (name, why), size in largest)
+
+
+def readable(size: int) -> str:
+    """1536 -> "1.5 kB"; decimal units."""
+    for unit, step in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= step:
+            return f"{size / step:.1f} {unit}"
+    return f"{size} B"
+
+
+def listed(names: list[str], most: int = 4) -> str:
+    names = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ------------------------------------------------------------------ kernels
+
+@dataclass
+class Explanation:
+    """Which kernel a layer runs, and why: ``str(explanation)`` is a few lines."""
+
+    layer: str
+    kernel: str           # "q4 avx512", "q4 scalar, blocks cross rows", "none: on meta"
+    compute_dtype: str
+    reasons: list[str]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.layer}: {self.kernel}, computes in {self.compute_dtype}", *(f"  {reason}" for reason in self.reasons)])
+
+
+def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
+    """Say which kernel multiplies by this layer's weight on this machine, and why.
+
+    Args:
+        m: rows of the input; None tells where the choice depends on it.
+
+    The input is taken to have the dtype that the layer's weight reports. Raises TypeError for another kind of module.
+    """
+    if not isinstance(layer, nn.QuantizedLinear):
+        raise TypeError(f"explain: got {type(layer).__name__}, expected a quantised layer of bnbq.nn")
+    if m is not None and (isinstance(m, bool) or not isinstance(m, int) or m < 0):
+        raise ValueError(f"explain: m is {m!r}, expected a number of rows")
+    four = isinstance(layer, nn.Linear4bit)
+    family = "q4" if four else "s8"
+    dtype = str((layer.compute_dtype if four else None) or layer.weight_dtype).removeprefix("torch.")
+    device = layer.qweight.device
+    if device.type == "meta":
+        return Explanation(layer.describe(), "none: the layer is on meta", dtype, [])
+    if device.type != "cpu":
+        return Explanation(layer.describe(), f"{family} {device.type}", dtype, [f"the weight is on {device}"])
+    rows = [row for row in _bnbq.rows() if row["family"] == family]
+    used = next(i for i, row in enumerate(rows) if row["in_use"])
+    row, kernel = rows[used], f"{family} {rows[used]['isa']}"
+    reasons = [f"needs {' '.join(row['needs'])}, which this CPU has" if row["needs"] else "runs on every CPU"]
+    for faster in rows[used + 1:]:
+        missing = faster["missing"]
+        reasons.append(f"not {faster['isa']}: " + (f"this CPU lacks {' '.join(missing)}" if missing else "capped by BNBQ_ISA or set_isa"))
+    if four and layer.in_features % layer.blocksize:
+        kernel += ", blocks cross rows"
+        reasons.append(f"in_features {layer.in_features} is no multiple of blocksize {layer.blocksize}: the generic path decodes "
+                       "the rows to fp32 first (correct, not fast)")
+    elif four and dtype == "bfloat16":
+        reasons.append(bfloat16_reason(row.get("bf16_min_m"), m))
+    if not four:
+        reasons.append(f"activations of at least {layer.threshold:g} are multiplied in float" if layer.threshold else "no outliers: threshold is 0")
+    return Explanation(layer.describe(), kernel, dtype, reasons)
+
+
+def bfloat16_reason(least: int | None, m: int | None) -> str:
+    """Where the kernel that rounds weights to bf16 takes over from the fp32 one."""
+    if _bnbq.batch_invariant():
+        return "batch invariant: the fp32 kernel for every m"
+    if least is None:
+        return "bf16 inputs: many rows may take the bf16 kernel, few the fp32 one"
+    if m is None:
+        return f"the bf16 kernel from m = {least} rows on, the fp32 one below"
+    return f"m = {m}: the {'bf16' if m >= least else 'fp32'} kernel (bf16 from m = {least} on)"

@@ -1,0 +1,431 @@
+"""``bnbq quantize SRC DST``: a checkpoint directory quantised tensor by tensor, the model never built.
+
+The model exists on the meta device only, to decide which layers are quantised (the same rules as for
+a model in memory). Then each tensor goes from the mapped source file through the core into the output
+file, so the memory needed is that of the largest layer, whatever the size of the model. DST appears
+by one rename when everything is written and synced; anything that fails before leaves no trace of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, checkpoint_bnb, ops, shards
+from .config import COMPUTE_DTYPES, BnbqConfig
+from .errors import UserError
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+FLOAT_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass
+class Job:
+    """One tensor of the source. ``module`` is None for one that is copied; else the layer it becomes,
+    under ``prefix`` (the name in the file, without ``.weight``)."""
+
+    key: str
+    file: str
+    nbytes: int
+    prefix: str = ""
+    module: str | None = None
+    shape: tuple[int, int] = (0, 0)  # (out_features, in_features)
+    transposed: bool = False
+    outputs: list[str] = field(default_factory=list)
+    checksums: list[str] = field(default_factory=list)  # metadata keys, for native tensors under either format
+    size: int = 0  # bytes to be written, near enough to cut shards
+
+
+@dataclass
+class Summary:
+    """What `quantize_checkpoint` did; sizes in bytes."""
+
+    path: Path
+    quantized: int
+    linears: int
+    bytes_before: int
+    bytes_after: int
+    bytes_quantized: int
+    shards: int
+    kept: list[str]
+
+    def text(self) -> str:
+        share = 100 * self.bytes_quantized / max(self.bytes_before, 1)
+        kept = f"; kept: {', '.join(self.kept[:6])}{' ...' if len(self.kept) > 6 else ''}" if self.kept else ""
+        return (f"{self.path}: {self.quantized} of {self.linears} linear layers, {share:.1f} % of the bytes, "
+                f"{megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} MB in {self.shards} "
+                f"file{'s' if self.shards != 1 else ''}{kept}")
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}"
+
+
+def quantize_checkpoint(src, dst, config: BnbqConfig | None = None, *, max_shard_size: int = 5 * 10**9, force: bool = False,
+                        progress: bool | None = None) -> Summary:
+    """Quantise the checkpoint directory ``src`` into a new directory ``dst``.
+
+    Args:
+        src: a directory with config.json and safetensors (one file or shards with an index), not quantised.
+        dst: must not exist or be empty, unless ``force`` and it holds a checkpoint: then it is replaced at the end.
+        config: BnbqConfig; None is nf4.
+        max_shard_size: bytes of tensors in one output file.
+        progress: show a bar on stderr; None shows it on a terminal.
+
+    The result loads with ``from_pretrained`` and holds the bytes that quantising while loading gives.
+    Raises UserError for anything wrong with the arguments or files; ``dst`` is then as it was.
+    """
+    src, dst, config = Path(src), Path(dst), config or BnbqConfig()
+    check_places(src, dst, force)
+    source_config = read_config(src)
+    source = shards.Source(src)
+    model, dtype = meta_model(src, source_config, source)
+    jobs, kept = plan(model, source, config)
+    groups = split(jobs, max_shard_size)
+    room = shutil.disk_usage(dst.absolute().parent).free
+    wanted = sum(job.size for job in jobs)
+    if wanted > room:
+        raise UserError(f"{dst}: needs {megabytes(wanted)} MB, the disk has {megabytes(room)} MB free")
+    with staging(dst, force) as folder:
+        copy_side_files(src, folder)
+        write_config(folder, source_config, config, dtype, kept)
+        written = write_shards(folder, groups, source, config, dtype, progress)
+        if config.checkpoint_format == "bnbq":
+            checkpoint.write_model_card(folder)
+    quantized = [job for job in jobs if job.module is not None]
+    return Summary(dst, len(quantized), len(quantized) + len(kept), sum(job.nbytes for job in jobs), written,
+                   sum(job.nbytes for job in quantized), len(groups), kept)
+
+
+# ------------------------------------------------------------------ places
+
+def check_places(src: Path, dst: Path, force: bool) -> None:
+    """Refuse a source that is no checkpoint, and a destination that would overwrite something."""
+    if not src.is_dir():
+        raise UserError(f"{src}: not a directory (a model of the hub must be downloaded first: hf download NAME)")
+    a, b = src.resolve(), dst.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise UserError(f"{dst}: must lie outside of {src}, and not around it")
+    if not b.parent.is_dir():
+        raise UserError(f"{dst}: its parent directory does not exist")
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        if not force:
+            raise UserError(f"{dst}: exists and is not empty; give --force to replace it")
+        if not dst.is_dir() or not (dst / "config.json").is_file():
+            raise UserError(f"{dst}: --force replaces a checkpoint, but there is no config.json in it")
+
+
+class staging:
+    """A temporary directory beside ``dst``, renamed to it on success and removed on any exception."""
+
+    def __init__(self, dst: Path, force: bool):
+        self.dst, self.force = dst.absolute(), force
+
+    def __enter__(self) -> Path:
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.dst.name}.unfinished-", dir=self.dst.parent))
+        self.folder.chmod(0o755)
+        return self.folder
+
+    def __exit__(self, kind, value, traceback):
+        try:
+            if kind is None:
+                self.publish()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def publish(self):
+        old = None
+        if self.force and self.dst.exists() and any(self.dst.iterdir()):
+            old = Path(tempfile.mkdtemp(prefix=f".{self.dst.name}.replaced-", dir=self.dst.parent))
+            self.dst.rename(old / "checkpoint")
+        try:
+            self.folder.rename(self.dst)  # POSIX replaces an empty directory
+        except OSError as error:
+            if old is not None:
+                (old / "checkpoint").rename(self.dst)
+            raise UserError(f"{self.dst}: could not be put in place ({error})") from error
+        finally:
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_side_files(src: Path, folder: Path) -> None:
+    """Tokenizer, generation config, licence: every file of the top level that holds no weights."""
+    for path in sorted(src.iterdir()):
+        name = path.name
+        if path.is_dir():
+            if name == "additional_chat_templates":
+                shutil.copytree(path, folder / name)
+        elif path.is_file() and not name.startswith(".") and path.suffix not in WEIGHT_SUFFIXES \
+                and not name.endswith(".index.json") and name != "config.json":
+            shutil.copyfile(path, folder / name)
+
+
+def read_config(src: Path) -> dict:
+    path = src / "config.json"
+    if not path.is_file():
+        raise UserError(f"{src}: no config.json, so this is no checkpoint of a Transformers model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds a {type(config).__name__}, an object is wanted")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise UserError(f"{src}: already quantised ({method}); give the float checkpoint")
+    return config
+
+
+def write_config(folder: Path, source_config: dict, config: BnbqConfig, dtype: torch.dtype, kept: list[str]) -> None:
+    name = str(dtype).removeprefix("torch.")
+    settings = config.to_dict()
+    if config.checkpoint_format == "bitsandbytes":
+        settings["llm_int8_skip_modules"] = kept  # bitsandbytes drops its default skips once one is named: so name all
+        if config.compute_dtype is None and name in COMPUTE_DTYPES:
+            settings["bnb_4bit_compute_dtype"] = name  # there is no "the input's" there, and its default is float32
+    result = dict(source_config, quantization_config=settings)
+    if not result.get("dtype") and not result.get("torch_dtype"):
+        result["dtype"] = name  # else it would be guessed from the first float tensor, which may be an fp32 scale
+    (folder / "config.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------ plan
+
+def meta_model(src: Path, source_config: dict, source: shards.Source):
+    """The model without storage, and the dtype that from_pretrained would give it."""
+    import transformers
+    names = source_config.get("architectures") or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if model_class is None:
+        raise UserError(f"{src / 'config.json'}: architectures is {names}, and Transformers {transformers.__version__} "
+                        "has no such class")
+    try:
+        config = transformers.AutoConfig.from_pretrained(src, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{src / 'config.json'}: {error}") from error
+    dtype = getattr(config, "dtype", None)
+    if dtype is None:
+        first = next(iter(source.files))
+        floats = [source.dtypes[key] for key in sorted(source.files[first]) if source.dtypes[key] in FLOAT_NAMES]
+        dtype = FLOAT_NAMES[floats[0]] if floats else torch.float32
+    with torch.device("meta"):
+        model = model_class._from_config(config) if hasattr(model_class, "_from_config") else model_class(config)
+    return model, dtype
+
+
+class Names:
+    """Which parameter of the model a tensor of the file becomes: Transformers' own rules where it has them."""
+
+    def __init__(self, model):
+        self.model, self.prefix = model, getattr(model, "base_model_prefix", "") or None
+        self.known = dict.fromkeys(model.state_dict(), True)
+        self.rename = None
+        try:
+            from transformers import core_model_loading as loading
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            rules = get_model_conversion_mapping(model)
+            self.renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+            self.converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+            self.rename = loading.rename_source_key
+        except ImportError:  # Transformers 4 renames by prefix only
+            self.renamings = self.converters = []
+
+    def find(self, key: str, known: dict | None = None) -> tuple[str, bool]:
+        """(name of the parameter, does a conversion stand between file and parameter)."""
+        known = known or self.known
+        if self.rename is not None:
+            name, pattern = self.rename(key, self.renamings, self.converters, self.prefix, known)
+            if name in known or key not in known:
+                return name, pattern is not None
+        if key in known or not self.prefix:
+            return key, False
+        stripped = key.removeprefix(f"{self.prefix}.")
+        return (stripped if stripped in known else f"{self.prefix}.{key}"), False
+
+
+def plan(model, source: shards.Source, config: BnbqConfig):
+    """(jobs in the files' order, names of the linear layers that stay float)."""
+    from .replace import select
+    selection = select(model, config)
+    selected, names, files = selection.modules, Names(model), source.locate()
+    native = native_parts(config)
+    after = {**{name: True for name in names.known if name.removesuffix(".weight") not in selected},
+             **{f"{module}.{part}": True for module in selected for part in native}}
+    jobs, found = [], {}
+    for key, file in files.items():
+        nbytes = shards.tensor_bytes(source, key)
+        name, converted = names.find(key)
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or module not in selected:
+            jobs.append(Job(key, file, nbytes, outputs=[key], size=nbytes))
+            continue
+        if converted or module in found:
+            raise UserError(f"{source.folder / file}: {key!r} and others are merged or split into {name!r} when loaded, which "
+                            "cannot be streamed; load the model with a quantization_config and save_pretrained it")
+        found[module] = key
+        n, k, transposed = layer_shape(selected[module])
+        if source.shapes[key] != ((k, n) if transposed else (n, k)):
+            raise UserError(f"{source.folder / file}: {key!r} has shape {list(source.shapes[key])}, "
+                            f"the model wants {[k, n] if transposed else [n, k]}")
+        if source.dtypes[key] not in FLOAT_NAMES:
+            raise UserError(f"{source.folder / file}: {key!r} has dtype {source.dtypes[key]}, "
+                            f"one of {', '.join(FLOAT_NAMES)} is wanted")
+        prefix = key.removesuffix(".weight")
+        if names.find(f"{prefix}.qweight", after)[0] != f"{module}.qweight":
+            prefix = module  # the file's name would not be recognised with another ending: use the model's
+        jobs.append(Job(key, file, nbytes, prefix, module, (n, k), transposed, [f"{prefix}.{part}" for part in stored_parts(config)],
+                        [f"{checkpoint.CRC_PREFIX}{prefix}.{part}" for part in native], packed_size(n, k, config)))
+    lost = sorted(selected.keys() - found.keys())
+    if holes := [name for name in lost if wildcards(name) in set(map(wildcards, found))]:
+        raise UserError(f"{source.folder}: has no weight for {', '.join(holes[:3])}{' ...' if len(holes) > 3 else ''}")
+    return jobs, sorted([*selection.kept, *lost])  # a head that no file has is left to from_pretrained, which says so
+
+
+def wildcards(name: str) -> str:
+    """The name with * for the numbers of layers: what two layers of a kind share."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def layer_shape(module) -> tuple[int, int, bool]:
+    """(out_features, in_features, is the weight stored as [in, out])."""
+    if isinstance(module, torch.nn.Linear):
+        return module.out_features, module.in_features, False
+    k, n = module.weight.shape
+    return n, k, True
+
+
+def native_parts(config: BnbqConfig) -> list[str]:
+    """Names of the parameters that a weight becomes."""
+    return list(checkpoint.PACKED_NAMES if config.bits == 4 and config.double_quant else checkpoint.PACKED_NAMES[:2])
+
+
+def stored_parts(config: BnbqConfig) -> list[str]:
+    """Names of the tensors that a weight becomes in the file."""
+    if config.checkpoint_format == "bnbq":
+        return native_parts(config)
+    if config.bits == 8:
+        return list(checkpoint_bnb.BNB8_KEYS)
+    nested = ["weight.nested_absmax", "weight.nested_quant_map"] if config.double_quant else []
+    return ["weight", "weight.absmax", "weight.quant_map", *nested, checkpoint_bnb.QUANT_STATE + config.quant_type]
+
+
+def packed_size(n: int, k: int, config: BnbqConfig) -> int:
+    if config.bits == 8:
+        return n * k + 4 * n * (-(-k // config.blocksize) if config.blocksize else 1)
+    blocks = -(-n * k // config.blocksize)
+    scales = blocks + 4 * -(-blocks // 256) + 4 if config.double_quant else 4 * blocks
+    return -(-n * k // 2) + scales + (1300 if config.checkpoint_format == "bitsandbytes" else 0)
+
+
+def split(jobs: list[Job], limit: int) -> list[list[Job]]:
+    """Consecutive jobs in shards of at most ``limit`` bytes (one job alone may be larger)."""
+    groups, size = [[]], 0
+    for job in jobs:
+        if groups[-1] and size + job.size > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(job)
+        size += job.size
+    return groups
+
+
+# ------------------------------------------------------------------ work
+
+def write_shards(folder: Path, groups, source: shards.Source, config: BnbqConfig, dtype, progress) -> int:
+    """Write every shard and the index; returns the bytes of the tensors written."""
+    weight_map, total = {}, 0
+    with bar(sum(job.nbytes for group in groups for job in group), progress) as advance:
+        for number, group in enumerate(groups, 1):
+            name = shards.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            outputs = [output for job in group for output in job.outputs]
+            sums: dict[str, str] = {}
+            metadata = {"format": "pt", "bnbq_version": str(config.version)}
+            with shards.ShardWriter(folder / name, outputs, metadata, later=[s for job in group for s in job.checksums]) as shard:
+                for job in group:
+                    tensors, packed = convert(job, source, config, dtype)
+                    for output, tensor in tensors.items():
+                        shard.add(output, tensor)
+                    sums.update(zip(job.checksums, map(checkpoint.crc32, packed)))
+                    advance(job.nbytes)
+                shard.close(sums)
+                total += shard.position
+            weight_map.update(dict.fromkeys(outputs, name))
+    if len(groups) > 1:
+        index = dict(metadata=dict(total_size=total), weight_map=dict(sorted(weight_map.items())))
+        (folder / shards.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+def convert(job: Job, source: shards.Source, config: BnbqConfig, dtype: torch.dtype):
+    """(the tensors that one tensor of the source becomes, by their names in the file; the packed ones, for their checksums)."""
+    tensor = source.tensor(job.file, job.key)
+    if job.module is None:
+        return {job.key: tensor}, ()
+    weight = tensor.to(torch.float32 if dtype == torch.float64 else dtype)  # as from_pretrained does before it quantises
+    weight = weight.t().contiguous() if job.transposed else weight
+    try:
+        if config.bits == 8:
+            native = dict(zip(("qweight", "absmax"), ops.quantize_8bit(weight, blocksize=config.blocksize)))
+        else:
+            native = ops.quantize_4bit(weight, quant_type=config.quant_type, blocksize=config.blocksize,
+                                       double_quant=config.double_quant)._asdict()
+    except ValueError as error:
+        raise UserError(f"{source.folder / job.file}: tensor {job.key!r}: {where_not_finite(tensor, dtype) or error}") from error
+    native = {part: value for part, value in native.items() if value is not None}
+    named = native
+    if config.checkpoint_format == "bitsandbytes":
+        named = checkpoint_bnb.bnb8_from_native(native, blocksize=config.blocksize, layer=job.module) if config.bits == 8 \
+            else checkpoint_bnb.bnb4_from_native(native, quant_type=config.quant_type, blocksize=config.blocksize,
+                                                 shape=job.shape, dtype=dtype, layer=job.module)
+    return {f"{job.prefix}.{part}": value for part, value in named.items()}, tuple(native.values())
+
+
+def where_not_finite(tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """The first NaN or infinity, as the source file counts; None if all are finite."""
+    bad = torch.nonzero(~torch.isfinite(tensor.to(dtype)))
+    if not len(bad):
+        return None
+    index = tuple(bad[0].tolist())
+    value, cast = tensor[index].item(), f" ({dtype} cannot hold it)" if torch.isfinite(tensor[index]) else ""
+    return f"{value} at index {list(index)}{cast}, a finite weight is wanted"
+
+
+class bar:
+    """A progress bar in bytes with the time left, on stderr; nothing where nobody looks."""
+
+    def __init__(self, total: int, show: bool | None):
+        self.bar = None
+        if sys.stderr.isatty() if show is None else show:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self.bar = tqdm(total=total, unit="B", unit_scale=True, desc="quantising", leave=False)
+
+    def __enter__(self):
+        return self.bar.update if self.bar is not None else lambda size: None
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def main(arguments) -> int:
+    """Run ``bnbq quantize``; ``arguments`` as cli.py parses them."""
+    eight = arguments.format == "int8"
+    config = BnbqConfig(bits=8 if eight else 4, quant_type=arguments.format, blocksize=arguments.blocksize,
+                        double_quant=arguments.double_quant or None, compute_dtype=arguments.compute_dtype,
+                        skip_modules=arguments.skip, checkpoint_format=arguments.checkpoint_format)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    summary = quantize_checkpoint(arguments.src, arguments.dst, config, max_shard_size=arguments.max_shard_size, force=arguments.force)
+    print(summary.text())
+    return 0

@@ -1,0 +1,110 @@
+"""The one command: build, format, lint, test, and say which kernels ran.
+
+    python tests/check.py              everything that a change must pass (about ten minutes on two cores)
+    python tests/check.py --fast       without the slower halves (transformers, peft, sanitizers)
+    python tests/check.py --slow       also the tests marked slow (needs 6 GB)
+    python tests/check.py --hardening  only the sanitizer build and its tests
+
+Needs what `pip install '.[test]'` installs and a C compiler. The extension is rebuilt in place with
+-Wall -Wextra -Werror, and the tests run on that build.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# What runs under AddressSanitizer and UBSan: everything that hands memory to the C core.
+CORE_TESTS = ["test_quantize.py", "test_linear.py", "test_golden.py", "test_errors_core.py", "test_dlpack.py"]
+SLOWER_TESTS = ["test_transformers.py", "test_peft.py", "test_accelerate.py", "test_bitsandbytes_parity.py", "test_state_machine.py"]
+
+failures = []
+
+
+def run(title: str, command: list, **env) -> bool:
+    """Run one step, show how long it took, remember whether it failed."""
+    print(f"== {title}: {' '.join(map(str, command))}", flush=True)
+    start = time.monotonic()
+    code = subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, **env}).returncode
+    print(f"== {title}: {'ok' if code == 0 else f'FAILED ({code})'}, {time.monotonic() - start:.0f} s", flush=True)
+    if code:
+        failures.append(title)
+    return code == 0
+
+
+def build() -> bool:
+    return run("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], BNBQ_WERROR="1")
+
+
+def format_and_lint() -> None:
+    c_files = [p for p in (ROOT / "csrc").rglob("*.[ch]") if p.name != "dlpack.h"]
+    if shutil.which("clang-format"):
+        run("format", ["clang-format", "--dry-run", "-Werror", *c_files])
+    else:
+        print("== format: skipped, clang-format is not installed")
+    run("lint", [sys.executable, "-m", "ruff", "check", "-q", "."])
+
+
+def tests(arguments) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-ra", "-n", "2", "--dist", "loadfile", "tests"]
+    if not arguments.slow:
+        command += ["-m", "not slow"]
+    if arguments.fast:
+        command += [f"--ignore=tests/{name}" for name in SLOWER_TESTS]
+    run("tests", command, PYTHONPATH=str(ROOT / "python"))
+
+
+def hardening() -> None:
+    """The core's tests on a build with sanitizers, beside the normal one."""
+    compiler = os.environ.get("CC", "gcc")
+    asan = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(asan):
+        print(f"== hardening: skipped, {compiler} has no libasan.so")
+        return
+    target = ROOT / "build" / "sanitized"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(ROOT / "python", target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    built = run("sanitizer build", [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", "build/sanitized-objects",
+                                    "--build-lib", target], BNBQ_SANITIZE="address,undefined", BNBQ_DEBUG="1")
+    if built:
+        run("sanitized tests", [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
+                                *[f"tests/{name}" for name in CORE_TESTS], "-m", "not slow"],
+            PYTHONPATH=str(target), LD_PRELOAD=asan, ASAN_OPTIONS="detect_leaks=0:abort_on_error=1", UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
+            BNBQ_TEST_SANITIZED="1")
+
+
+def kernels() -> None:
+    """Which kernels this machine ran, and why it did not run the others."""
+    sys.path.insert(0, str(ROOT / "python"))
+    from bnbq import _bnbq
+
+    print(f"{'family':8}{'kernels':14}{'this machine':14}why not")
+    for row in _bnbq.rows():
+        ran = "tested" if not row["missing"] else "skipped"
+        print(f"{row['family']:8}{row['isa']:14}{ran:14}{'needs ' + ' '.join(row['missing']) if row['missing'] else ''}")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in ("--fast", "--slow", "--hardening"):
+        parser.add_argument(flag, action="store_true")
+    arguments = parser.parse_args()
+    if arguments.hardening:
+        hardening()
+    elif build():
+        format_and_lint()
+        tests(arguments)
+        if not arguments.fast:
+            hardening()
+        kernels()
+    print("== " + (f"FAILED: {', '.join(failures)}" if failures else "all passed"))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,518 @@
+/* checkasm.c - compares one q4 table and one s8 table with the scalar ones, slot by slot.
+ *
+ *     cc -DCHECK_Q4=bnbq_q4_neon -DCHECK_S8=bnbq_s8_neon checkasm.c <kernel files> formats.c -lm
+ *
+ * No Python and no library, so that it runs under an emulator of another processor. Integers and
+ * everything that reference.py defines bit by bit must be equal; sums must lie within a bound
+ * derived from their length, and must not change a bit with m, the position in the batch or the
+ * cut of the work. Every buffer ends at an unreadable page (up to its alignment) and stands
+ * between canaries; packed, scratch and y are filled with NaN patterns before use.
+ *
+ * Exit status 0, or 1 after the first failure; the last line is a summary. An optional argument is
+ * the seed of the random cases.
+ */
+#define _GNU_SOURCE
+#include "../csrc/float16.h"
+#include "../csrc/kernels.h"
+
+#include <float.h>
+#include <inttypes.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static const bnbq_q4_kernels *const q4 = &CHECK_Q4, *const q4_scalar = &bnbq_q4_scalar;
+static const bnbq_s8_kernels *const s8 = &CHECK_S8, *const s8_scalar = &bnbq_s8_scalar;
+
+#ifdef CHECK_TILES_RELEASED
+bool amx_trap_released(void); /* amx_trap.c */
+#else
+static bool amx_trap_released(void) {
+    return true;
+}
+#endif
+
+/* ------------------------------------------------------------------ failing, random numbers */
+
+static char current[256]; /* what runs now: printed when it crashes too */
+static int64_t cases;
+
+#define CASE(...) (cases++, snprintf(current, sizeof current, __VA_ARGS__))
+
+static void fail(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fprintf(stderr, "FAILED %s: ", current);
+    vfprintf(stderr, format, arguments);
+    fprintf(stderr, "\n");
+    va_end(arguments);
+    exit(1);
+}
+
+static void crashed(int signal_number) {
+    const char *text =
+        signal_number == SIGSEGV ? "FAILED, access outside a buffer in: " : "FAILED, signal in: ";
+    if (write(2, text, strlen(text)) < 0 || write(2, current, strlen(current)) < 0 ||
+        write(2, "\n", 1) < 0)
+        _exit(2);
+    _exit(1);
+}
+
+static uint64_t state;
+
+static uint32_t random_bits(void) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 32);
+}
+
+static int64_t random_below(int64_t count) {
+    return (int64_t)(random_bits() % (uint64_t)count);
+}
+
+static float uniform(void) {
+    return (float)((int32_t)random_bits() * 0x1p-31);
+}
+
+static float normal(void) { /* near enough */
+    return uniform() + uniform() + uniform();
+}
+
+/* ------------------------------------------------------------------ guarded buffers */
+
+enum { ARENAS = 12, ARENA = 8 << 20, CANARY = 0xa5, FRONT = 512, POISON = 0xff };
+
+static struct arena {
+    uint8_t *base, *data;
+    size_t size;
+} arenas[ARENAS];
+
+static size_t page;
+
+static void create_arenas(void) {
+    page = (size_t)sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < ARENAS; i++) {
+        uint8_t *p = mmap(NULL, ARENA + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED || mprotect(p + page, ARENA, PROT_READ | PROT_WRITE))
+            fail("no memory");
+        arenas[i].base = p + page;
+    }
+}
+
+/* `size` bytes as close to the end of arena i as the alignment allows. */
+static void *guarded(int i, size_t size, size_t align) {
+    struct arena *a = &arenas[i];
+    if (size + FRONT + align > ARENA)
+        fail("case too large: %zu bytes", size);
+    a->size = size;
+    a->data = a->base + (ARENA - size) / align * align;
+    memset(a->data - FRONT, CANARY, FRONT);
+    memset(a->data, POISON, size);
+    memset(a->data + size, CANARY, (size_t)(a->base + ARENA - (a->data + size)));
+    return a->data;
+}
+
+static void check_canaries(void) {
+    for (int i = 0; i < ARENAS; i++) {
+        const struct arena *a = &arenas[i];
+        if (a->data == NULL)
+            continue;
+        for (const uint8_t *p = a->data - FRONT; p < a->base + ARENA; p++)
+            if (p == a->data)
+                p = a->data + a->size - 1;
+            else if (*p != CANARY)
+                fail("wrote at offset %td of buffer %d of %zu bytes", p - a->data, i, a->size);
+    }
+    if (!amx_trap_released())
+        fail("left the tiles configured");
+}
+
+enum { IN, IN2, OUT, OUT2, WANT, WANT2, PACKED, SCRATCH, W, SCALES, ALONE, SPARE };
+
+#define FLOATS(i, count) ((float *)guarded(i, (size_t)(count)*4, 4))
+#define BYTES(i, count) guarded(i, (size_t)(count), 1)
+
+static void same(const char *what, const void *a, const void *b, size_t bytes) {
+    const uint8_t *p = a, *q = b;
+    for (size_t i = 0; i < bytes; i++)
+        if (p[i] != q[i])
+            fail("%s differs from scalar at byte %zu of %zu: %02x, want %02x", what, i, bytes, p[i],
+                 q[i]);
+}
+
+/* ------------------------------------------------------------------ q4: codes */
+
+/* Kinds of weights that sit on the edges of the encoding. */
+enum { KINDS = 6 };
+
+static void fill_weights(float *w, int64_t count, int64_t blocksize, int kind,
+                         const bnbq_format *format) {
+    for (int64_t i = 0; i < count; i++) {
+        switch (kind) {
+        case 0:
+            w[i] = normal();
+            break;
+        case 1: /* blocks of very different scales, denormal to huge */
+            w[i] = ldexpf(uniform(), (int)(i / blocksize * 53 % 276) - 149);
+            break;
+        case 2: { /* absmax 1, then each threshold and its neighbours */
+            float t = format->thresholds[i % 15];
+            w[i] = i % 3 == 0 ? t : nextafterf(t, i % 3 == 1 ? 2.0f : -2.0f);
+            if (i % blocksize == 0 || w[i] < -1.0f)
+                w[i] = 1.0f;
+            break;
+        }
+        case 3:
+            w[i] = i % 2 ? -0.0f : 0.0f;
+            break;
+        case 4: /* one extreme of either sign in zeros */
+            w[i] = i % blocksize == blocksize / 3 ? (i / blocksize % 2 ? 3e38f : -7.5f) : 0.0f;
+            break;
+        default: { /* absmax around the least divisor */
+            static const float levels[] = {1e-38f, 1.1e-38f, 0.9e-38f, 1e-45f, FLT_MIN, FLT_MAX};
+            float level = levels[i / blocksize % 6];
+            w[i] = i % 5 == 0 ? level : i % 5 == 1 ? -level : level * uniform();
+        }
+        }
+    }
+}
+
+static void check_q4_codes(void) {
+    static const int64_t blocks[] = {32, 64, 128, 256, 512, 1024, 2048, 4096};
+    for (int f = 0; f < BNBQ_FORMATS; f++)
+        for (int b = 0; b < 8; b++)
+            for (int kind = 0; kind < KINDS; kind++)
+                for (int c = 0; c < 10; c++) {
+                    const bnbq_format *format = &bnbq_formats[f];
+                    const int64_t bs = blocks[b];
+                    const int64_t counts[10] = {
+                        1,      2,           bs - 1,      bs,     bs + 1,
+                        2 * bs, 3 * bs + 31, 5 * bs + 33, bs / 2, 1 + random_below(7 * bs)};
+                    const int64_t count = counts[c], codes = (count + 1) / 2;
+                    const int64_t scales = (count + bs - 1) / bs;
+                    CASE("q4 quantize %s count %" PRId64 " blocksize %" PRId64 " kind %d",
+                         format->name, count, bs, kind);
+                    float *w = FLOATS(IN, count);
+                    fill_weights(w, count, bs, kind, format);
+                    uint8_t *got = BYTES(OUT, codes), *want = BYTES(WANT, codes);
+                    float *absmax = FLOATS(OUT2, scales), *want_absmax = FLOATS(WANT2, scales);
+                    q4_scalar->quantize(w, count, format, bs, want, want_absmax);
+                    q4->quantize(w, count, format, bs, got, absmax);
+                    same("absmax", absmax, want_absmax, (size_t)scales * 4);
+                    same("qweight", got, want, (size_t)codes);
+                    check_canaries();
+
+                    CASE("q4 dequantize %s count %" PRId64 " blocksize %" PRId64, format->name,
+                         count, bs);
+                    for (int64_t i = 0; i < codes; i++)
+                        got[i] = (uint8_t)random_bits();
+                    float *out = FLOATS(WANT, count), *want_out = FLOATS(WANT2, count);
+                    q4_scalar->dequantize(got, absmax, format->codebook, count, bs, want_out);
+                    q4->dequantize(got, absmax, format->codebook, count, bs, out);
+                    same("w", out, want_out, (size_t)count * 4);
+                    check_canaries();
+                }
+}
+
+/* ------------------------------------------------------------------ q4: products */
+
+typedef struct q4_case {
+    bnbq_q4_rows w;
+    int64_t rows, m, ldy;
+    float *x, *dense; /* dense: the weights that the product should use */
+} q4_case;
+
+enum { X_NORMAL, X_ONE_HOT, X_WIDE, X_KINDS };
+
+static void random_rows(bnbq_q4_rows *w, int64_t rows, int64_t k, int64_t blocksize) {
+    const bnbq_format *format = &bnbq_formats[random_below(BNBQ_FORMATS)];
+    uint8_t *qweight = BYTES(W, rows * (k / 2));
+    float *absmax = FLOATS(SCALES, rows * (k / blocksize));
+    for (int64_t i = 0; i < rows * (k / 2); i++)
+        qweight[i] = (uint8_t)random_bits();
+    for (int64_t i = 0; i < rows * (k / blocksize); i++)
+        absmax[i] = ldexpf(1.5f + uniform() / 2, (int)random_below(12) - 8);
+    *w = (bnbq_q4_rows){qweight, absmax, format->codebook, k, blocksize};
+}
+
+static float to_bf16(float value) {
+    return bnbq_bf16_to_f32(bnbq_f32_to_bf16(value));
+}
+
+static void linear(const bnbq_q4_linear *l, const float *x, int64_t m, const bnbq_q4_rows *w,
+                   int64_t rows, float *y, int64_t ldy) {
+    const int64_t k = w->k;
+    void *packed = guarded(PACKED, l->packed_bytes(m, k), 64);
+    for (int64_t i = 0; i < m; i++) {
+        const int64_t row = m % 2 ? (i * 2 + 1) % m : m - 1 - i; /* any order will do */
+        l->pack(x + row * k, row, m, k, packed);
+    }
+    void *scratch = guarded(SCRATCH, l->scratch_bytes(m, k), 64);
+    l->run(packed, m, w, rows, y, ldy, scratch);
+}
+
+static void check_q4_linear(const char *name, const bnbq_q4_linear *l, bool bf16, int64_t m,
+                            int64_t rows, int64_t k, int64_t blocksize, int kind) {
+    CASE("q4 %s m %" PRId64 " rows %" PRId64 " k %" PRId64 " blocksize %" PRId64 " x kind %d", name,
+         m, rows, k, blocksize, kind);
+    bnbq_q4_rows w;
+    random_rows(&w, rows, k, blocksize);
+    float *dense = FLOATS(WANT, rows * k), *x = FLOATS(IN, m * k);
+    q4_scalar->dequantize(w.qweight, w.absmax, w.codebook, rows * k, blocksize, dense);
+    for (int64_t i = 0; bf16 && i < rows * k; i++)
+        dense[i] = to_bf16(dense[i]);
+    for (int64_t i = 0; i < m * k; i++) {
+        x[i] = kind == X_WIDE ? ldexpf(normal(), (int)random_below(80) - 40) : normal();
+        x[i] = bf16 ? to_bf16(x[i]) : x[i];
+        if (kind == X_ONE_HOT)
+            x[i] = i % k == (i / k * 37 + m + rows) % k ? 1.0f : 0.0f;
+    }
+    const int64_t ldy = rows + random_below(3) * 5;
+    float *y = guarded(OUT, (size_t)((m - 1) * ldy + rows) * 4, 64);
+    linear(l, x, m, &w, rows, y, ldy);
+    check_canaries();
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t c = rows; c < ldy && i + 1 < m; c++)
+            if (bnbq_bits(y[i * ldy + c]) != 0xffffffff)
+                fail("wrote between the rows of y");
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t r = 0; r < rows; r++) {
+            double sum = 0, size = 0;
+            for (int64_t j = 0; j < k; j++) {
+                double product = (double)x[i * k + j] * dense[r * k + j];
+                sum += product;
+                size += fabs(product);
+            }
+            double bound = kind == X_ONE_HOT ? 0 : (k / 4 + 24) * 0x1p-24 * size;
+            if (!(fabs(y[i * ldy + r] - sum) <= bound))
+                fail("y[%" PRId64 ", %" PRId64 "] = %.9g, want %.9g +- %.2g", i, r,
+                     (double)y[i * ldy + r], sum, bound);
+        }
+    /* One row alone, and one column alone, give the same bits. */
+    const int64_t i = random_below(m), r = random_below(rows);
+    float *alone = guarded(ALONE, (size_t)rows * 4, 64);
+    linear(l, x + i * k, 1, &w, rows, alone, rows);
+    same("y of a row alone", alone, y + i * ldy, (size_t)rows * 4);
+    bnbq_q4_rows one = w;
+    one.qweight += r * (k / 2);
+    one.absmax += r * (k / blocksize);
+    linear(l, x, m, &one, 1, alone = guarded(ALONE, (size_t)m * 4, 64), 1);
+    for (int64_t j = 0; j < m; j++)
+        same("y of one column of W^T alone", alone + j, y + j * ldy + r, 4);
+    check_canaries();
+}
+
+static void check_q4_backward(int64_t m, int64_t n, int64_t k, int64_t blocksize, int64_t k0,
+                              int64_t cols) {
+    CASE("q4 backward m %" PRId64 " n %" PRId64 " k %" PRId64 " blocksize %" PRId64 " k0 %" PRId64
+         " cols %" PRId64,
+         m, n, k, blocksize, k0, cols);
+    bnbq_q4_rows w;
+    random_rows(&w, n, k, blocksize);
+    const int64_t ldg = n + random_below(3), ldgx = cols + random_below(3) * 7;
+    float *dense = FLOATS(WANT, n * k), *gy = FLOATS(IN, (m - 1) * ldg + n);
+    q4_scalar->dequantize(w.qweight, w.absmax, w.codebook, n * k, blocksize, dense);
+    for (int64_t i = 0; i < (m - 1) * ldg + n; i++)
+        gy[i] = normal();
+    float *gx = guarded(OUT, (size_t)((m - 1) * ldgx + cols) * 4, 64);
+    q4->backward(gy, ldg, m, &w, n, k0, cols, gx, ldgx,
+                 guarded(SCRATCH, BNBQ_BACKWARD_SCRATCH, 64));
+    check_canaries();
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t c = 0; c < ldgx && i * ldgx + c < (m - 1) * ldgx + cols; c++) {
+            if (c >= cols) {
+                if (bnbq_bits(gx[i * ldgx + c]) != 0xffffffff)
+                    fail("wrote between the rows of gx");
+                continue;
+            }
+            double sum = 0, size = 0;
+            for (int64_t r = 0; r < n; r++) {
+                double product = (double)gy[i * ldg + r] * dense[r * k + k0 + c];
+                sum += product;
+                size += fabs(product);
+            }
+            if (!(fabs(gx[i * ldgx + c] - sum) <= (double)(n + 2) * 0x1p-24 * size))
+                fail("gx[%" PRId64 ", %" PRId64 "] = %.9g, want %.9g", i, c,
+                     (double)gx[i * ldgx + c], sum);
+        }
+    const int64_t i = random_below(m), from = cols > 32 ? 32 : 0;
+    float *alone = guarded(ALONE, (size_t)(cols - from) * 4, 64);
+    q4->backward(gy + i * ldg, ldg, 1, &w, n, k0 + from, cols - from, alone, cols - from,
+                 guarded(SCRATCH, BNBQ_BACKWARD_SCRATCH, 64));
+    same("gx of one row, cut elsewhere", alone, gx + i * ldgx + from, (size_t)(cols - from) * 4);
+    check_canaries();
+}
+
+static void check_q4_products(int64_t random_cases) {
+    static const int64_t ms[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96};
+    static const int64_t rows[] = {1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64};
+    static const int64_t ks[] = {32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 416, 512, 768};
+    for (int64_t t = 0; t < random_cases; t++) {
+        const int64_t m = t < 18 ? ms[t] : ms[random_below(18)];
+        const int64_t n = t < 16 ? rows[15 - t] : rows[random_below(16)];
+        const int64_t k = t < 14 ? ks[t] : ks[random_below(14)];
+        int64_t bs = 32;
+        while (k % (2 * bs) == 0 && random_below(3))
+            bs *= 2;
+        for (int kind = 0; kind < X_KINDS; kind++) {
+            check_q4_linear("linear", &q4->linear, false, m, n, k, bs, kind);
+            check_q4_linear("linear_bf16", &q4->linear_bf16, q4->linear_bf16.run != q4->linear.run,
+                            m, n, k, bs, kind);
+        }
+        const int64_t k0 = 32 * random_below(k / 32), most = k - k0 < 256 ? k - k0 : 256;
+        check_q4_backward(m, 1 + random_below(150), k, bs, k0,
+                          t % 2 ? most : 2 + 2 * random_below(most / 2));
+    }
+    check_q4_linear("linear", &q4->linear, false, 3, 64, 4096, 4096, X_ONE_HOT);
+    check_q4_linear("linear_bf16", &q4->linear_bf16, q4->linear_bf16.run != q4->linear.run, 48, 64,
+                    4096, 64, X_NORMAL);
+    check_q4_linear("linear_bf16", &q4->linear_bf16, q4->linear_bf16.run != q4->linear.run,
+                    BNBQ_TILE_M, 40, 160, 32, X_NORMAL);
+    check_q4_linear("linear", &q4->linear, false, BNBQ_TILE_M, 40, 160, 32, X_NORMAL);
+    check_q4_backward(BNBQ_TILE_M, 33, 512, 64, 256, 256);
+}
+
+/* ------------------------------------------------------------------ s8 */
+
+static void check_s8_codes(void) {
+    for (int64_t t = 0; t < 1200; t++) {
+        const int64_t count = t < 300 ? t : random_below(5000);
+        const float threshold = t % 3 == 0 ? INFINITY : t % 3 == 1 ? 6.0f : 0.75f;
+        const int kind = (int)(t / 3 % 5);
+        CASE("s8 quantize count %" PRId64 " threshold %g kind %d", count, (double)threshold, kind);
+        float *x = FLOATS(IN, count);
+        for (int64_t i = 0; i < count; i++) {
+            if (kind == 0)
+                x[i] = normal() * 3;
+            else if (kind == 1) /* ties: scale 1 */
+                x[i] = i == 0 ? 127.0f : (float)(random_below(255) - 127) + 0.5f;
+            else if (kind == 2)
+                x[i] = i % 2 ? -0.0f : 0.0f;
+            else if (kind == 3)
+                x[i] = ldexpf(uniform(), (int)random_below(276) - 149);
+            else
+                x[i] = ldexpf(uniform(), -120 - (int)random_below(20));
+            if (kind == 0 && random_below(40) == 0) {
+                static const float odd[] = {NAN, INFINITY, -INFINITY, 6.0f, -6.0f, 1e38f};
+                x[i] = odd[random_below(6)];
+            }
+        }
+        int8_t *q = BYTES(OUT, count), *want = BYTES(WANT, count);
+        float *absmax = FLOATS(OUT2, 1), *want_absmax = FLOATS(WANT2, 1);
+        const int64_t want_outliers = s8_scalar->quantize(x, count, threshold, want, want_absmax);
+        const int64_t outliers = s8->quantize(x, count, threshold, q, absmax);
+        if (outliers != want_outliers)
+            fail("%" PRId64 " outliers, want %" PRId64, outliers, want_outliers);
+        same("absmax", absmax, want_absmax, 4);
+        same("q", q, want, (size_t)count);
+        check_canaries();
+
+        CASE("s8 dequantize count %" PRId64, count);
+        for (int64_t i = 0; i < count; i++)
+            q[i] = (int8_t)random_bits();
+        float *w = FLOATS(IN2, count), *want_w = FLOATS(WANT2, count);
+        const float scale = ldexpf(1.5f + uniform() / 2, (int)random_below(250) - 149);
+        s8_scalar->dequantize(q, count, scale, want_w);
+        s8->dequantize(q, count, scale, w);
+        same("w", w, want_w, (size_t)count * 4);
+        check_canaries();
+    }
+}
+
+static void check_s8_linear(int64_t m, int64_t rows, int64_t k, int kind) {
+    CASE("s8 linear m %" PRId64 " rows %" PRId64 " k %" PRId64 " kind %d", m, rows, k, kind);
+    const int64_t ldw = k + random_below(3) * 3, ldy = rows + random_below(3) * 5;
+    int8_t *x = BYTES(IN, m * k), *w = BYTES(W, (rows - 1) * ldw + k);
+    for (int64_t i = 0; i < m * k; i++)
+        x[i] = kind ? -128 : (int8_t)random_bits();
+    for (int64_t i = 0; i < (rows - 1) * ldw + k; i++)
+        w[i] = kind == 1 ? -128 : kind == 2 ? 127 : (int8_t)random_bits();
+    void *packed = guarded(PACKED, s8->packed_bytes(m, k), 64);
+    for (int64_t i = 0; i < m; i++) {
+        const int64_t row = m % 2 ? (i * 2 + 1) % m : m - 1 - i;
+        s8->pack(x + row * k, row, m, k, packed);
+    }
+    const size_t bytes = (size_t)((m - 1) * ldy + rows) * 4;
+    int32_t *y = guarded(OUT, bytes, 64), *want = guarded(WANT, bytes, 64);
+    void *scratch = guarded(SCRATCH, s8->scratch_bytes(m, k), 64);
+    s8_scalar->run(x, m, w, ldw, rows, k, want, ldy, NULL); /* its packed form is x */
+    s8->run(packed, m, w, ldw, rows, k, y, ldy, scratch);
+    same("y", y, want, bytes); /* and the gaps between its rows untouched */
+    check_canaries();
+}
+
+static void check_s8_backward(int64_t m, int64_t n, int64_t cols) {
+    CASE("s8 backward m %" PRId64 " n %" PRId64 " cols %" PRId64, m, n, cols);
+    const int64_t ldg = n + random_below(3), ldw = cols + random_below(20);
+    const int64_t ldgx = cols + random_below(3) * 7, last = (m - 1) * ldgx + cols;
+    float *gy = FLOATS(IN, (m - 1) * ldg + n);
+    int8_t *w = BYTES(W, (n - 1) * ldw + cols);
+    for (int64_t i = 0; i < (m - 1) * ldg + n; i++)
+        gy[i] = normal();
+    for (int64_t i = 0; i < (n - 1) * ldw + cols; i++)
+        w[i] = (int8_t)random_bits();
+    float *gx = guarded(OUT, (size_t)last * 4, 64);
+    s8->backward(gy, ldg, m, w, ldw, n, cols, gx, ldgx,
+                 guarded(SCRATCH, BNBQ_BACKWARD_SCRATCH, 64));
+    check_canaries();
+    for (int64_t j = 0; j < last; j++) {
+        const int64_t i = j / ldgx, c = j % ldgx;
+        if (c >= cols) {
+            if (bnbq_bits(gx[j]) != 0xffffffff)
+                fail("wrote between the rows of gx");
+            continue;
+        }
+        double sum = 0, size = 0;
+        for (int64_t r = 0; r < n; r++) {
+            sum += (double)gy[i * ldg + r] * w[r * ldw + c];
+            size += fabs((double)gy[i * ldg + r] * w[r * ldw + c]);
+        }
+        if (!(fabs(gx[j] - sum) <= (double)(n + 2) * 0x1p-24 * size))
+            fail("gx[%" PRId64 ", %" PRId64 "] = %.9g, want %.9g", i, c, (double)gx[j], sum);
+    }
+    const int64_t i = random_below(m), from = cols / 3;
+    float *alone = guarded(ALONE, (size_t)(cols - from) * 4, 64);
+    s8->backward(gy + i * ldg, ldg, 1, w + from, ldw, n, cols - from, alone, cols - from,
+                 guarded(SCRATCH, BNBQ_BACKWARD_SCRATCH, 64));
+    same("gx of one row, cut elsewhere", alone, gx + i * ldgx + from, (size_t)(cols - from) * 4);
+    check_canaries();
+}
+
+static void check_s8_products(int64_t random_cases) {
+    static const int64_t ms[] = {1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 65};
+    for (int64_t t = 0; t < random_cases; t++) {
+        const int64_t m = t < 14 ? ms[t] : ms[random_below(14)];
+        const int64_t rows = t < 64 ? 1 + t : 1 + random_below(64);
+        const int64_t k = t < 140 ? 1 + t : 1 + random_below(700);
+        check_s8_linear(m, rows, k, t % 4 == 3 ? 1 + (int)(t / 4 % 2) : 0);
+        check_s8_backward(m, 1 + random_below(150), 1 + random_below(256));
+    }
+    check_s8_linear(BNBQ_TILE_M, 64, 67, 0);
+    check_s8_linear(2, 3, BNBQ_MAX_K_S8, 2);
+    check_s8_linear(1, 17, 20000, 1);
+    check_s8_backward(BNBQ_TILE_M, 40, 256);
+}
+
+int main(int argc, char **argv) {
+    state = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
+    const int64_t random_cases = argc > 2 ? strtoll(argv[2], NULL, 10) : 150;
+    signal(SIGSEGV, crashed);
+    signal(SIGBUS, crashed);
+    CASE("tables");
+    if (!q4->quantize || !q4->dequantize || !q4->linear.run || !q4->linear_bf16.run ||
+        !q4->backward || q4->bf16_min_m < 1 || !s8->quantize || !s8->dequantize || !s8->run ||
+        !s8->backward)
+        fail("an empty slot");
+    create_arenas();
+    check_q4_codes();
+    check_q4_products(random_cases);
+    check_s8_codes();
+    check_s8_products(random_cases);
+    printf("q4 %s (needs %#x), s8 %s (needs %#x): %" PRId64 " cases equal scalar\n", q4->isa,
+           q4->needs, s8->isa, s8->needs, cases);
+    return 0;
+}

@@ -1,0 +1,162 @@
+"""Kernel tables against the scalar ones in C, without Python in between: guard pages around every buffer.
+
+checkasm.c is compiled with the files of one instruction set. AMX is checked twice on processors without it: with
+the tile instructions as plain C (amx_tiles.h), and as machine code whose tile instructions are trapped and emulated
+(amx_trap.c). NEON is cross-compiled and runs under qemu.
+"""
+
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+KERNELS = TESTS.parent / "csrc" / "kernels"
+CC = os.environ.get("CC", "gcc")
+CROSS_CC = "aarch64-linux-gnu-gcc"
+FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+VNNI = [*AVX512, "-mavx512vnni"]
+BF16 = [*VNNI, "-mavx512bf16"]
+AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+SCALAR = {"q4_scalar": [], "s8_scalar": []}
+BORROWED = {"q4_avx512": AVX512, "s8_avx512vnni": VNNI}  # by the AMX tables
+
+pytestmark = pytest.mark.skipif(not KERNELS.is_dir(), reason="no sources here (an installed package)")
+
+
+def skip_unless_cpu_has(*wanted):
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"needs an x86-64 processor, this is {platform.machine()}")
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), flags=re.M)[1].split()) if cpuinfo.exists() else set()
+    missing = sorted(set(wanted) - flags)
+    if missing:
+        pytest.skip(f"this processor lacks {', '.join(missing)}")
+
+
+def skip_unless_found(*programs):
+    for program in programs:
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+
+
+def skip_unless_compiler_knows(compiler, flags):
+    command = [compiler, *flags, "-x", "c", "-fsyntax-only", os.devnull]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip(f"{compiler} does not know {' '.join(flags)}")
+
+
+def run(command, **options):
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, **options)
+    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def build(folder, name, files, q4, s8, compiler=CC, extra=(), sources=()):
+    """checkasm for tables `q4` and `s8`; `files` are kernel files with their flags. Returns the program."""
+    objects = []
+    for stem, flags in {**SCALAR, **files}.items():
+        source = KERNELS / f"{stem}.c"
+        if not source.exists():
+            pytest.skip(f"no {source.name} in this source tree")
+        objects.append(folder / f"{name}-{stem}.o")
+        run([compiler, *FLAGS, *flags, "-c", source, "-o", objects[-1]])
+    for source, flags in sources:
+        objects.append(folder / f"{name}-{source.stem}.o")
+        run([compiler, *FLAGS, *flags, "-c", source, "-o", objects[-1]])
+    program = folder / name
+    run([compiler, *FLAGS, "-O2", f"-DCHECK_Q4=bnbq_{q4}", f"-DCHECK_S8=bnbq_{s8}", *extra, TESTS / "checkasm.c",
+         KERNELS.parent / "formats.c", *objects, "-lm", "-o", program])
+    return program
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkasm")
+
+
+def test_the_check_accepts_scalar(folder):
+    skip_unless_found(CC)
+    assert "cases equal scalar" in run([build(folder, "scalar", {}, "q4_scalar", "s8_scalar")])
+
+
+def test_avx2(folder):
+    skip_unless_found(CC)
+    skip_unless_cpu_has("avx2", "fma", "f16c")
+    program = build(folder, "avx2", {"q4_avx2": AVX2, "s8_avx2": AVX2}, "q4_avx2", "s8_avx2")
+    assert "q4 avx2" in run([program])
+
+
+def test_avx512(folder):
+    skip_unless_found(CC)
+    skip_unless_cpu_has("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
+    assert "q4 avx512" in run([build(folder, "avx512", BORROWED, "q4_avx512", "s8_avx512vnni")])
+
+
+def skip_unless_amx_can_be_emulated():
+    skip_unless_found(CC)
+    skip_unless_compiler_knows(CC, BF16)
+    skip_unless_cpu_has("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
+
+
+def test_amx_with_tiles_in_c(folder):
+    skip_unless_amx_can_be_emulated()
+    emulated = [*BF16, "-DBNBQ_AMX_EMULATED"]
+    program = build(folder, "amx-c", {**BORROWED, "q4_amx": emulated, "s8_amx": emulated}, "q4_amx", "s8_amx")
+    assert "q4 amx (needs 0xf)" in run([program])  # without the bit of AMX
+
+
+@pytest.fixture(scope="module")
+def amx_program(folder):
+    skip_unless_amx_can_be_emulated()
+    skip_unless_compiler_knows(CC, AMX)
+    return build(folder, "amx", {**BORROWED, "q4_amx": BF16 + AMX, "s8_amx": BF16 + AMX}, "q4_amx", "s8_amx",
+                 extra=["-DCHECK_TILES_RELEASED"], sources=[(TESTS / "amx_trap.c", BF16)])
+
+
+def test_amx_machine_code(amx_program):
+    """The compiler's output, its tile instructions trapped unless this processor has them."""
+    output = run([amx_program])
+    assert "q4 amx (needs 0x1f)" in output
+    assert "this processor's" in output or int(re.search(r"(\d+) instructions trapped", output)[1]) > 10000
+
+
+def test_amx_files_use_the_tile_instructions(amx_program):
+    skip_unless_found("objdump")
+    for stem, product in (("q4_amx", "tdpbf16ps"), ("s8_amx", "tdpbssd")):
+        code = run(["objdump", "-d", amx_program.parent / f"amx-{stem}.o"])
+        for instruction in (product, "ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tilestored"):
+            assert instruction in code, f"{instruction} is not in {stem}"
+
+
+def test_amx_emulation_itself(folder):
+    """Order of rounding, denormals, shapes; and each wrong use aborts instead of computing something."""
+    skip_unless_amx_can_be_emulated()
+    program = folder / "amx_emulator"
+    run([CC, *FLAGS, *BF16, TESTS / "amx_emulator.c", "-lm", "-o", program])
+    misuses = int(run([program]))
+    assert misuses > 10
+    run([program, "0"])
+    for number in range(1, misuses + 1):
+        result = subprocess.run([program, str(number)], capture_output=True, text=True)
+        assert result.returncode == -signal.SIGABRT and "AMX emulation: #" in result.stderr, (number, result)
+
+
+def test_neon(folder):
+    files = {"q4_neon": [], "s8_neon": ["-march=armv8.2-a+dotprod"]}
+    if platform.machine() in ("aarch64", "arm64"):
+        skip_unless_found(CC)
+        command = [build(folder, "neon", files, "q4_neon", "s8_neon")]
+    else:
+        qemu = "qemu-aarch64" if shutil.which("qemu-aarch64") else "qemu-aarch64-static"
+        skip_unless_found(CROSS_CC, qemu)
+        program = build(folder, "neon", files, "q4_neon", "s8_neon", compiler=CROSS_CC, extra=["-static"])
+        command = [qemu, program, 1, 90]
+    assert "q4 neon" in run(command)

@@ -1,0 +1,188 @@
+"""The products: every instruction set against the specification, within a bound derived from k."""
+
+import numpy as np
+import pytest
+import torch
+
+from bnbq import ops
+from bnbq import reference as ref
+from cases import BLOCKSIZES, FLAT_SHAPES, FORMATS, SMALL_SHAPES, activations, weight
+
+# Unit roundoff of the output.
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def assert_within(y: torch.Tensor, want: np.ndarray, size: np.ndarray, k: int, extra: float = 0.0):
+    """k fp32 roundings of the summands' total size, one rounding to the output's dtype, and `extra`
+    (relative to the summands) for a kernel that rounds its inputs."""
+    bound = (k * 2.0**-24 + extra) * size + ROUNDING[y.dtype] * np.abs(want) + 1e-30
+    if y.dtype == torch.float16:
+        bound = bound + 2.0**-25  # subnormal outputs
+    error = np.abs(y.double().numpy().reshape(want.shape) - want)
+    worst = np.argmax(error - bound)
+    assert (error <= bound).all(), f"error {error.flat[worst]:.3e} above {bound.flat[worst]:.3e}"
+
+
+def packed(n, k, name="nf4", blocksize=64, double=False):
+    parts = ops.quantize_4bit(torch.from_numpy(weight(n, k)), name, blocksize, double_quant=double)
+    settings = dict(absmax2=parts.absmax2, absmax_offset=parts.absmax_offset, quant_type=name, blocksize=blocksize)
+    dense = ops.dequantize_4bit(parts.qweight, parts.absmax, (n, k), **settings).double().numpy()
+    return parts, settings, dense
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("m,n,k", SMALL_SHAPES + FLAT_SHAPES)
+def test_linear4bit(m, n, k, dtype, double, isa):
+    parts, settings, dense = packed(n, k, double=double)
+    x = torch.from_numpy(activations(m, k)).to(dtype)
+    bias = torch.from_numpy(activations(1, n)[0]).to(dtype)
+    x64 = x.double().numpy()
+    y = ops.linear4bit(x, parts.qweight, parts.absmax, n, bias, **settings)
+    assert y.dtype == dtype and y.shape == (m, n)
+    extra = 2.0**-8 if dtype == torch.bfloat16 else 0.0  # a bf16 kernel may round the weight
+    size = np.abs(x64) @ np.abs(dense).T + np.abs(bias.double().numpy())
+    assert_within(y, x64 @ dense.T + bias.double().numpy(), size, k + 1, extra)
+    gy = torch.from_numpy(activations(m, n, seed=5)).to(dtype)
+    gx = ops.linear4bit_backward(gy, parts.qweight, parts.absmax, k, **settings)
+    assert gx.dtype == dtype and gx.shape == (m, k)
+    g64 = gy.double().numpy()
+    assert_within(gx, g64 @ dense, np.abs(g64) @ np.abs(dense), n, extra)
+
+
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_and_blocksize(name, blocksize, isa):
+    n, k = 37, max(2 * blocksize, 96 // blocksize * blocksize)
+    parts, settings, dense = packed(n, k, name, blocksize)
+    for m in (1, 5, 40):
+        x = activations(m, k)
+        y = ops.linear4bit(torch.from_numpy(x), parts.qweight, parts.absmax, n, **settings)
+        assert_within(y, x.astype("f8") @ dense.T, np.abs(x).astype("f8") @ np.abs(dense).T, k)
+        gy = activations(m, n, seed=5)
+        gx = ops.linear4bit_backward(torch.from_numpy(gy), parts.qweight, parts.absmax, k, **settings)
+        assert_within(gx, gy.astype("f8") @ dense, np.abs(gy).astype("f8") @ np.abs(dense), n)
+
+
+def test_more_rows_than_a_tile_and_than_a_chunk(isa, threads):
+    m, n, k = 1030, 70, 64
+    parts, settings, dense = packed(n, k)
+    x = activations(m, k)
+    y = ops.linear4bit(torch.from_numpy(x), parts.qweight, parts.absmax, n, **settings)
+    assert_within(y, x.astype("f8") @ dense.T, np.abs(x).astype("f8") @ np.abs(dense).T, k)
+
+
+def expected_8bit(x, q, absmax, bias, threshold, blocksize):
+    y = ref.linear_8bit(x, q, absmax, bias, threshold, blocksize)
+    mask = ref.outliers_per_row(x, threshold)
+    size = np.where(mask, np.abs(x), 0).astype("f8") @ np.abs(ref.dequantize_8bit(q, absmax, blocksize)).astype("f8").T
+    return y.astype("f8"), size, mask.sum(1).max(initial=0)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("m,n,k", SMALL_SHAPES + FLAT_SHAPES)
+def test_linear8bitlt(m, n, k, dtype, threshold, isa):
+    q, absmax = ref.quantize_8bit(weight(n, k))
+    x = torch.from_numpy(activations(m, k, outliers=3)).to(dtype)
+    bias = torch.from_numpy(activations(1, n)[0]).to(dtype)
+    y = ops.linear8bitlt(x, torch.from_numpy(q), torch.from_numpy(absmax), bias, threshold=threshold)
+    want, size, outliers = expected_8bit(x.float().numpy(), q, absmax, bias.float().numpy(), threshold, 0)
+    # The int8 part is bit-exact; only the outliers' sum and the three-term sum may round differently.
+    assert_within(y, want, size + 4 * np.abs(want), outliers + 2)
+    gy = torch.from_numpy(activations(m, n, seed=5)).to(dtype)
+    gx = ops.linear8bitlt_backward(gy, torch.from_numpy(q), torch.from_numpy(absmax))
+    dense, g64 = ref.dequantize_8bit(q, absmax).astype("f8"), gy.double().numpy()
+    assert_within(gx, g64 @ dense, np.abs(g64) @ np.abs(dense), n + 3)
+
+
+@pytest.mark.parametrize("m,n,k", [(1, 5, 64), (9, 40, 320), (3, 7, 100), (70, 33, 4096 + 17)])
+def test_int8_product_is_bit_exact_without_outliers(m, n, k, isa):
+    q, absmax = ref.quantize_8bit(weight(n, k))
+    x = activations(m, k)
+    y = ops.linear8bitlt(x, q, absmax, threshold=0.0)
+    assert np.array_equal(y.view(np.uint32), ref.linear_8bit(x, q, absmax, threshold=0.0).view(np.uint32))
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.parametrize("m,n,k", [(1, 5, 64), (9, 40, 320), (3, 7, 100)])
+def test_int8_per_block(m, n, k, blocksize, isa):
+    q, absmax = ref.quantize_8bit(weight(n, k), blocksize)
+    x = activations(m, k, outliers=2)
+    y = ops.linear8bitlt(x, q, absmax, threshold=6.0, blocksize=blocksize)
+    want, size, outliers = expected_8bit(x, q, absmax, None, 6.0, blocksize)
+    assert_within(torch.from_numpy(y), want, size + 4 * np.abs(want), k // blocksize + outliers + 2)
+    gy = activations(m, n, seed=5)
+    dense = ref.dequantize_8bit(q, absmax, blocksize).astype("f8")
+    gx = ops.linear8bitlt_backward(gy, q, absmax, blocksize=blocksize)
+    assert_within(torch.from_numpy(gx), gy.astype("f8") @ dense, np.abs(gy).astype("f8") @ np.abs(dense), n + 3)
+
+
+def test_int8_extremes_do_not_saturate(isa):
+    """+-127 and, from foreign files, -128: sums that overflow 16 bits and unsigned tricks."""
+    q = np.full((33, 1000), -128, np.int8)
+    q[::2] = 127
+    absmax = np.ones(33, np.float32)
+    x = np.ones((5, 1000), np.float32)
+    x[1::2] = -1
+    y = ops.linear8bitlt(x, q, absmax, threshold=0.0)
+    assert np.array_equal(y, ref.linear_8bit(x, q, absmax, threshold=0.0))
+
+
+def test_long_rows_leave_int32(isa):
+    """k above 2^17: the int32 product is taken in parts."""
+    k = (1 << 17) * 2 + 100
+    q, absmax = np.full((2, k), 127, np.int8), np.ones(2, np.float32)
+    x = np.ones((1, k), np.float32)
+    assert np.array_equal(ops.linear8bitlt(x, q, absmax, threshold=0.0), ref.linear_8bit(x, q, absmax, threshold=0.0))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_non_finite_activations_of_int8(threshold, isa):
+    x = activations(4, 128)
+    x[1, 5], x[2, 6] = np.nan, np.inf
+    q, absmax = ref.quantize_8bit(np.abs(weight(9, 128)) + 1)
+    y = ops.linear8bitlt(x, q, absmax, threshold=threshold)
+    assert np.isfinite(y[[0, 3]]).all() and np.isnan(y[1]).all() and np.isposinf(y[2]).all()
+
+
+def test_large_activations_do_not_overflow(isa):
+    """users.md's failure of a cast to fp16: 1e5 in, finite out."""
+    x = torch.from_numpy(activations(3, 256)).bfloat16()
+    x[0, 0] = 1e5
+    q, absmax = ref.quantize_8bit(weight(8, 256) * 1e4)
+    for threshold in (0.0, 6.0):
+        assert torch.isfinite(ops.linear8bitlt(x, torch.from_numpy(q), torch.from_numpy(absmax), threshold=threshold)).all()
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
+def test_compute_dtype_rounds_x_and_nothing_narrower(compute, isa):
+    parts, settings, dense = packed(24, 128)
+    x = torch.from_numpy(activations(20, 128))
+    y = ops.linear4bit(x, parts.qweight, parts.absmax, 24, compute_dtype=compute, **settings)
+    x64 = x.to(compute).double().numpy()
+    assert y.dtype == torch.float32
+    assert_within(y, x64 @ dense.T, np.abs(x64) @ np.abs(dense).T, 128, 2.0**-8 if compute == torch.bfloat16 else 0)
+
+
+def test_strides_and_leading_dimensions(isa):
+    parts, settings, _ = packed(40, 128)
+    q, absmax = (torch.from_numpy(a) for a in ref.quantize_8bit(weight(40, 128)))
+    x = torch.from_numpy(activations(24, 128))
+    for view in (x.view(2, 3, 4, 128), x.t().contiguous().t(), x.view(4, 6, 128).transpose(0, 1), x[::2], x[:, :].flip(0),
+                 x[0], x[:1].expand(5, 128), torch.cat([x, x], 1)[:, 64:192]):
+        dense = view.contiguous().clone()
+        for call in (lambda v: ops.linear4bit(v, parts.qweight, parts.absmax, 40, **settings),
+                     lambda v: ops.linear8bitlt(v, q, absmax)):
+            assert torch.equal(call(view), call(dense)) and call(view).shape == (*view.shape[:-1], 40)
+
+
+@pytest.mark.parametrize("m,n,k", [(0, 8, 64), (3, 0, 64), (0, 0, 64)])
+def test_empty(m, n, k, isa):
+    parts = ops.quantize_4bit(torch.zeros(n, k))
+    q, absmax = ops.quantize_8bit(torch.zeros(n, k))
+    x = torch.ones(m, k)
+    assert ops.linear4bit(x, parts.qweight, parts.absmax, n).shape == (m, n)
+    assert ops.linear8bitlt(x, q, absmax).shape == (m, n)
+    assert ops.linear4bit_backward(torch.ones(m, n), parts.qweight, parts.absmax, k).tolist() == [[0.0] * k] * m
+    assert ops.linear8bitlt_backward(torch.ones(m, n), q, absmax).tolist() == [[0.0] * k] * m
