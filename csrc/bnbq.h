@@ -77,9 +77,10 @@ typedef struct bnbq_weight8 {
 bnbq_status bnbq_quantize_4bit(const bnbq_tensor *w, const struct bnbq_format *format,
                                int64_t blocksize, uint8_t *qweight, float *absmax, int64_t *bad);
 bnbq_status bnbq_dequantize_4bit(const bnbq_weight4 *w, const bnbq_tensor *out);
-/* Second level of double quantisation, in blocks of 256; offset is the mean of absmax. */
-bnbq_status bnbq_quantize_absmax(const float *absmax, int64_t count, uint8_t *codes,
-                                 float *absmax2, float *offset);
+/* Second level of double quantisation, in blocks of 256; offset is the mean of absmax.
+ * BNBQ_NOT_FINITE when a scale is NaN or Inf. */
+bnbq_status bnbq_quantize_absmax(const float *absmax, int64_t count, uint8_t *codes, float *absmax2,
+                                 float *offset);
 /* absmax[start .. start+count) as f32, from either form. */
 void bnbq_load_absmax(const bnbq_absmax *absmax, int64_t start, int64_t count, float *out);
 bnbq_status bnbq_quantize_8bit(const bnbq_tensor *w, int64_t blocksize, int8_t *qweight,
@@ -94,9 +95,11 @@ bnbq_status bnbq_linear_4bit(const bnbq_tensor *x, const bnbq_weight4 *w, const 
 bnbq_status bnbq_linear_4bit_backward(const bnbq_tensor *gy, const bnbq_weight4 *w,
                                       bnbq_dtype compute_dtype, const bnbq_tensor *gx);
 
-/* linear_s8.c: LLM.int8(). Each row of x is quantised by its own absmax, taken over the elements
- * with |x| < threshold; the others (and NaN, Inf) are multiplied in float with the dequantised
- * weight. threshold 0 means no outliers. The int8 product is exact in int32. */
+/* linear_s8.c: LLM.int8(). A column of x with |x| >= threshold (or NaN, Inf) in any row of the
+ * batch is an outlier column: it is multiplied in float with the dequantised weight. With batch
+ * invariance on (kernels.h) each row has outlier elements of its own instead. The rest of each row
+ * is quantised by its own absmax; the int8 product is exact in int32. threshold 0: no outliers but
+ * NaN and Inf, and those per row. */
 bnbq_status bnbq_linear_8bit(const bnbq_tensor *x, const bnbq_weight8 *w, const bnbq_tensor *bias,
                              float threshold, const bnbq_tensor *y);
 bnbq_status bnbq_linear_8bit_backward(const bnbq_tensor *gy, const bnbq_weight8 *w,

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 enum {
-    BNBQ_CPU_AVX2 = 1 << 0, /* with FMA and F16C: no processor has AVX2 without them */
+    BNBQ_CPU_AVX2 = 1 << 0,   /* with FMA and F16C: no processor has AVX2 without them */
     BNBQ_CPU_AVX512 = 1 << 1, /* F, BW, DQ, VL */
     BNBQ_CPU_AVX512VNNI = 1 << 2,
     BNBQ_CPU_AVX512BF16 = 1 << 3,

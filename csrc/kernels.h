@@ -34,10 +34,10 @@ typedef enum bnbq_isa {
 
 /* What the fronts cut the work into. */
 enum {
-    BNBQ_TILE_M = 512,         /* rows of x per call of a linear kernel, at most */
-    BNBQ_TILE_N = 64,          /* rows of W per call of a linear kernel, at most */
-    BNBQ_TILE_K = 256,         /* columns of W per call of a backward kernel, at most */
-    BNBQ_MAX_K_S8 = 1 << 17,   /* k of an int8 product, at most: 2^17 * 127 * 128 < 2^31 */
+    BNBQ_TILE_M = 512,       /* rows of x per call of a linear kernel, at most */
+    BNBQ_TILE_N = 64,        /* rows of W per call of a linear kernel, at most */
+    BNBQ_TILE_K = 256,       /* columns of W per call of a backward kernel, at most */
+    BNBQ_MAX_K_S8 = 1 << 17, /* k of an int8 product, at most: 2^17 * 127 * 128 < 2^31 */
 };
 
 typedef struct bnbq_edge_kernels {

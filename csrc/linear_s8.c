@@ -1,6 +1,8 @@
 /* linear_s8.c - op front: LLM.int8(), y = x . W^T + bias and gx = gy . W for an int8 weight.
  *
- * Forward, for each pass over the rows of x (bnbq_cut in fronts.h):
+ * Forward:
+ *   columns   which columns of x hold an outlier in any row; only several rows, not batch-invariant
+ * and then, for each pass over the rows of x (bnbq_cut in fronts.h):
  *   quantize  every row of x by its own absmax to int8, into the kernel's packed form
  *   outliers  only if there are any: which elements of which rows stay float
  *   tile      exact int32 products, scaled to f32; plus the float product of the outliers; plus the
@@ -55,7 +57,8 @@ typedef struct forward {
     const bnbq_weight8 *w;
     const bnbq_s8_kernels *kernels;
     float threshold;
-    int64_t m0, m; /* this pass: rows [m0, m0 + m) */
+    uint8_t *column_is_outlier; /* [k]; NULL: each row has outliers of its own */
+    int64_t m0, m;              /* this pass: rows [m0, m0 + m) */
     bnbq_cut cut;
     char *packed; /* per part: one packed form per span */
     size_t part_bytes;
@@ -71,6 +74,36 @@ static size_t span_bytes(const forward *op, int64_t m, int64_t columns) {
     return (op->kernels->packed_bytes(m, columns) + 63) / 64 * 64;
 }
 
+static bool stays_float(const forward *op, float x, int64_t column) {
+    return op->column_is_outlier ? op->column_is_outlier[column] : !(fabsf(x) < op->threshold);
+}
+
+/* Rows of the whole batch, whatever the passes are. Every writer of a flag writes 1. */
+static bool flag_columns_task(void *context, int64_t task) {
+    const forward *op = context;
+    int64_t k = op->w->k, end = bnbq_min(op->x.rows, (task + 1) * PACK_ROWS);
+    float *scratch = bnbq_scratch(BNBQ_SCRATCH_ROW, (size_t)k * sizeof(float));
+    if (!scratch)
+        return false;
+    for (int64_t i = task * PACK_ROWS; i < end; i++) {
+        const float *x = bnbq_load(&op->x, i, 0, k, scratch);
+        for (int64_t c = 0; c < k; c++)
+            if (!(fabsf(x[c]) < op->threshold))
+                __atomic_store_n(&op->column_is_outlier[c], 1, __ATOMIC_RELAXED);
+    }
+    return true;
+}
+
+static bool flag_columns(forward *op) {
+    int64_t k = op->w->k;
+    op->column_is_outlier = bnbq_scratch(BNBQ_SCRATCH_COLUMNS, (size_t)k);
+    if (!op->column_is_outlier)
+        return false;
+    memset(op->column_is_outlier, 0, (size_t)k);
+    return bnbq_run_tasks(flag_columns_task, op, bnbq_ceil_div(op->x.rows, PACK_ROWS),
+                          op->x.rows * k);
+}
+
 static bool quantize_task(void *context, int64_t task) {
     const forward *op = context;
     int64_t k = op->w->k, end = bnbq_min(op->m, (task + 1) * PACK_ROWS);
@@ -81,6 +114,11 @@ static bool quantize_task(void *context, int64_t task) {
     for (int64_t i = task * PACK_ROWS; i < end; i++) {
         int64_t part = i / op->cut.part_rows, row = i % op->cut.part_rows, m = part_size(op, part);
         const float *x = bnbq_load(&op->x, op->m0 + i, 0, k, scratch);
+        if (op->column_is_outlier) { /* kernels know outliers by their value */
+            for (int64_t c = 0; c < k; c++)
+                scratch[c] = op->column_is_outlier[c] ? INFINITY : x[c];
+            x = scratch;
+        }
         float absmax;
         op->out.first[i + 1] = op->kernels->quantize(x, k, op->threshold, q, &absmax);
         op->x_scale[i] = absmax * inv127;
@@ -106,7 +144,7 @@ static bool collect_task(void *context, int64_t i) {
         return false;
     const float *x = bnbq_load(&op->x, op->m0 + i, 0, k, scratch);
     for (int64_t c = 0; c < k; c++) {
-        if (!(fabsf(x[c]) < op->threshold)) {
+        if (stays_float(op, x[c], c)) {
             op->out.place[next] = c;
             op->out.value[next++] = x[c];
         }
@@ -290,6 +328,8 @@ bnbq_status bnbq_linear_8bit(const bnbq_tensor *x, const bnbq_weight8 *w, const 
         return BNBQ_OK;
     if (bias)
         op.bias = bnbq_view_rows(bias);
+    if (m > 1 && threshold > 0 && !bnbq_batch_invariant() && !flag_columns(&op))
+        return BNBQ_NO_MEMORY;
     int64_t step = bnbq_pass_rows(m, w->k, BNBQ_PASS_ELEMENTS);
     for (op.m0 = 0; op.m0 < m; op.m0 += step) {
         op.m = bnbq_min(step, m - op.m0);

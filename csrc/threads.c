@@ -254,7 +254,8 @@ static struct {
     pthread_mutex_t owner, lock;
     pthread_cond_t wake, done;
     loop *shared;
-    int workers, seats, active;
+    int workers;
+    _Atomic int seats, active; /* written under the lock; read without it while spinning */
 } pool = {
     .owner = PTHREAD_MUTEX_INITIALIZER,
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -274,10 +275,23 @@ static int pool_size(void) {
     return own_threads;
 }
 
+/* Wait for *number to become zero or stop being zero, but not for long: 20 to 100 us. Layers follow
+ * each other closely, and waking a sleeping thread costs as much as a small layer. */
+static void spin_while_zero(_Atomic int *number, bool zero) {
+    for (int i = 0; i < 2000 && (atomic_load(number) == 0) == zero; i++) {
+#if defined(__x86_64__)
+        _mm_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("isb");
+#endif
+    }
+}
+
 static void *worker(void *unused) {
     (void)unused;
-    pthread_mutex_lock(&pool.lock);
     for (;;) {
+        spin_while_zero(&pool.seats, true);
+        pthread_mutex_lock(&pool.lock);
         while (pool.seats == 0)
             pthread_cond_wait(&pool.wake, &pool.lock);
         pool.seats--;
@@ -288,6 +302,7 @@ static void *worker(void *unused) {
         pthread_mutex_lock(&pool.lock);
         if (--pool.active == 0)
             pthread_cond_signal(&pool.done);
+        pthread_mutex_unlock(&pool.lock);
     }
     return NULL;
 }
@@ -322,7 +337,10 @@ static void run_on_pool(loop *shared, int threads) {
     work_on(shared);
 
     pthread_mutex_lock(&pool.lock);
-    pool.seats = 0; /* who is not awake by now is not needed */
+    pool.seats = 0; /* who has not come by now is not needed */
+    pthread_mutex_unlock(&pool.lock);
+    spin_while_zero(&pool.active, false);
+    pthread_mutex_lock(&pool.lock);
     while (pool.active > 0)
         pthread_cond_wait(&pool.done, &pool.lock);
     pool.shared = NULL;

@@ -30,12 +30,13 @@ const char *bnbq_thread_backend(void);
 /* Scratch memory of the calling thread, 64-byte aligned, kept between calls and freed with the
  * thread. Each slot is one buffer that only grows; its content is undefined. NULL: no memory. */
 enum {
-    BNBQ_SCRATCH_X,     /* owned by the thread that called the front: packed activations */
-    BNBQ_SCRATCH_ROW,   /* the front's row conversions, per worker */
-    BNBQ_SCRATCH_TILE,  /* the front's output tile, per worker */
+    BNBQ_SCRATCH_X,    /* owned by the thread that called the front: packed activations */
+    BNBQ_SCRATCH_ROW,  /* the front's row conversions, per worker */
+    BNBQ_SCRATCH_TILE, /* the front's output tile, per worker */
     BNBQ_SCRATCH_ABSMAX,
     BNBQ_SCRATCH_KERNEL, /* handed to kernels as `scratch` */
     BNBQ_SCRATCH_EXTRA,
+    BNBQ_SCRATCH_COLUMNS, /* linear_s8.c: which columns are outliers */
     BNBQ_SCRATCH_SLOTS
 };
 void *bnbq_scratch(int slot, size_t bytes);

@@ -147,7 +147,7 @@ static void same(const char *what, const void *a, const void *b, size_t bytes) {
 /* ------------------------------------------------------------------ q4: codes */
 
 /* Kinds of weights that sit on the edges of the encoding. */
-enum { KINDS = 6 };
+enum { KINDS = 7 };
 
 static void fill_weights(float *w, int64_t count, int64_t blocksize, int kind,
                          const bnbq_format *format) {
@@ -172,6 +172,13 @@ static void fill_weights(float *w, int64_t count, int64_t blocksize, int kind,
         case 4: /* one extreme of either sign in zeros */
             w[i] = i % blocksize == blocksize / 3 ? (i / blocksize % 2 ? 3e38f : -7.5f) : 0.0f;
             break;
+        case 5: { /* thresholds of any absmax: an ulp in the scaling changes a code */
+            static float level;
+            level = i % blocksize == 0 ? 1.5f + uniform() / 2 : level;
+            w[i] = level * format->thresholds[i % 15];
+            w[i] = i % blocksize == 0 || !(fabsf(w[i]) < level) ? -level : w[i];
+            break;
+        }
         default: { /* absmax around the least divisor */
             static const float levels[] = {1e-38f, 1.1e-38f, 0.9e-38f, 1e-45f, FLT_MIN, FLT_MAX};
             float level = levels[i / blocksize % 6];

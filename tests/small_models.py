@@ -29,6 +29,15 @@ def bert(folder, dtype=torch.float32):
     return save(transformers.BertForMaskedLM(config).to(dtype), folder)
 
 
+def mixture(folder, dtype=torch.bfloat16):
+    """Experts: one tensor each in the file, one for all in the model."""
+    torch.manual_seed(3)
+    config = transformers.Qwen3MoeConfig(hidden_size=64, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=2,
+                                         num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2,
+                                         vocab_size=259)
+    return save(transformers.Qwen3MoeForCausalLM(config).to(dtype), folder)
+
+
 def save(model, folder, shard=None, tokenizer=False):
     extra = {"max_shard_size": shard} if shard else {}
     model.save_pretrained(folder, **extra)

@@ -35,8 +35,8 @@ def skip_unless_cpu_has(*wanted):
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"needs an x86-64 processor, this is {platform.machine()}")
     cpuinfo = Path("/proc/cpuinfo")
-    flags = set(re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), flags=re.M)[1].split()) if cpuinfo.exists() else set()
-    missing = sorted(set(wanted) - flags)
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", flags=re.M)
+    missing = sorted(set(wanted) - set(flags[1].split() if flags else ()))
     if missing:
         pytest.skip(f"this processor lacks {', '.join(missing)}")
 

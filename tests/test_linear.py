@@ -72,9 +72,9 @@ def test_more_rows_than_a_tile_and_than_a_chunk(isa, threads):
     assert_within(y, x.astype("f8") @ dense.T, np.abs(x).astype("f8") @ np.abs(dense).T, k)
 
 
-def expected_8bit(x, q, absmax, bias, threshold, blocksize):
-    y = ref.linear_8bit(x, q, absmax, bias, threshold, blocksize)
-    mask = ref.outliers_per_row(x, threshold)
+def expected_8bit(x, q, absmax, bias, threshold, blocksize, rule=ref.outliers_per_column):
+    y = ref.linear_8bit(x, q, absmax, bias, threshold, blocksize, rule)
+    mask = rule(x, threshold)
     size = np.where(mask, np.abs(x), 0).astype("f8") @ np.abs(ref.dequantize_8bit(q, absmax, blocksize)).astype("f8").T
     return y.astype("f8"), size, mask.sum(1).max(initial=0)
 
@@ -94,6 +94,23 @@ def test_linear8bitlt(m, n, k, dtype, threshold, isa):
     gx = ops.linear8bitlt_backward(gy, torch.from_numpy(q), torch.from_numpy(absmax))
     dense, g64 = ref.dequantize_8bit(q, absmax).astype("f8"), gy.double().numpy()
     assert_within(gx, g64 @ dense, np.abs(g64) @ np.abs(dense), n + 3)
+
+
+@pytest.mark.parametrize("m,n,k", SMALL_SHAPES)
+def test_linear8bitlt_looks_for_outliers_per_row_when_batch_invariant(m, n, k, isa, batch_invariant):
+    q, absmax = ref.quantize_8bit(weight(n, k))
+    x = activations(m, k, outliers=3)
+    want, size, outliers = expected_8bit(x, q, absmax, None, 6.0, 0, ref.outliers_per_row)
+    assert_within(torch.from_numpy(ops.linear8bitlt(x, q, absmax)), want, size + 4 * np.abs(want), outliers + 2)
+
+
+def test_outlier_columns_are_those_of_the_whole_batch(isa):
+    """More rows than one pass over the activations: the last row's outlier counts for the first."""
+    q, absmax = ref.quantize_8bit(weight(20, 64))
+    x = np.clip(activations(1100, 64), -5, 5)
+    x[-1, 7] = 30
+    want, size, outliers = expected_8bit(x, q, absmax, None, 6.0, 0)
+    assert_within(torch.from_numpy(ops.linear8bitlt(x, q, absmax)), want, size + 4 * np.abs(want), outliers + 2)
 
 
 @pytest.mark.parametrize("m,n,k", [(1, 5, 64), (9, 40, 320), (3, 7, 100), (70, 33, 4096 + 17)])

@@ -107,6 +107,7 @@ def test_outlier_rules_differ_only_in_who_is_an_outlier():
                            for rule in (ref.outliers_per_row, ref.outliers_per_column))
     assert np.array_equal(per_row[2], per_column[2])
     assert not np.array_equal(per_row[0], per_column[0])
+    assert np.array_equal(ref.linear_8bit(x, q, absmax), per_column), "the paper's rule is the default"
     assert np.array_equal(ref.linear_8bit(x[:1], q, absmax), per_row[:1])
     exact = x.astype(np.float64) @ ref.dequantize_8bit(q, absmax).astype(np.float64).T
     assert np.abs(per_row - exact).max() < 0.02 * np.abs(exact).max()
@@ -119,6 +120,7 @@ def test_non_finite_inputs_of_int8_reach_their_own_row_only():
     q, absmax = ref.quantize_8bit(np.ones((4, 64), np.float32))
     for threshold in (0.0, 6.0):
         y = ref.linear_8bit(x, q, absmax, threshold=threshold)
+        assert np.array_equal(y, ref.linear_8bit(x, q, absmax, threshold=threshold, outliers=ref.outliers_per_row), equal_nan=True)
         assert np.isfinite(y[0]).all() and np.isnan(y[1]).all() and np.isposinf(y[2]).all()
 
 

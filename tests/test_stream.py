@@ -60,10 +60,12 @@ def test_equals_quantising_while_loading(source, tmp_path, name):
     assert torch.equal(loaded(ids).logits, on_the_fly(ids).logits)
 
 
-@pytest.mark.parametrize("make", [small_models.gpt2, small_models.bert], ids=["conv1d", "bert"])
+@pytest.mark.parametrize("make", [small_models.gpt2, small_models.bert, small_models.mixture], ids=["conv1d", "bert", "experts"])
 def test_other_architectures(tmp_path, make):
     folder = make(tmp_path / "float")
-    quantize(folder, tmp_path / "out")
+    summary = quantize(folder, tmp_path / "out")
+    if make is small_models.mixture:  # experts are no linear layers: the summary says where the bytes are
+        assert "model.layers.*.mlp.experts.*.up_proj.weight" in summary.text()
     auto = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
     same_state(auto.from_pretrained(tmp_path / "out"), auto.from_pretrained(folder, quantization_config=bnbq.BnbqConfig()))
 
@@ -329,8 +331,8 @@ def environment():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_memory_stays_at_the_largest_layer(tmp_path):
-    """200 MB of bf16 in linear layers of 16 MB: anonymous memory grows by less than two of them in fp32."""
-    folder = small_models.llama(tmp_path / "float", hidden_size=2048, intermediate_size=4096, num_hidden_layers=3,
+    """130 MB of bf16 in linear layers of 16 MB: anonymous memory grows by less than two of them in fp32."""
+    folder = small_models.llama(tmp_path / "float", hidden_size=2048, intermediate_size=4096, num_hidden_layers=2,
                                 num_attention_heads=16, num_key_value_heads=16, tokenizer=False)
     small_models.llama(tmp_path / "warm-up", tokenizer=False)
     script = textwrap.dedent(f"""
@@ -357,7 +359,7 @@ def test_memory_stays_at_the_largest_layer(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     grown, total = map(int, done.stdout.split())
-    assert total > 180e6
+    assert total > 130e6
     assert grown < 2 * 2048 * 4096 * 4, f"{grown / 1e6:.1f} MB"
 
 

@@ -232,8 +232,23 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* BLOCKSIZES and ABSMAX_BLOCK, so that Python need not repeat them. */
+static bool add_constants(PyObject *module) {
+    PyObject *list = PyList_New(0);
+    bool ok = list != NULL;
+    for (long size = 1; ok && size <= 1 << 20; size *= 2) {
+        PyObject *item = bnbq_valid_blocksize(size) ? PyLong_FromLong(size) : NULL;
+        ok = item == NULL ? PyErr_Occurred() == NULL : PyList_Append(list, item) == 0;
+        Py_XDECREF(item);
+    }
+    PyObject *sizes = to_tuple(list, ok);
+    ok = sizes != NULL && PyModule_AddObjectRef(module, "BLOCKSIZES", sizes) == 0;
+    Py_XDECREF(sizes);
+    return ok && PyModule_AddIntConstant(module, "ABSMAX_BLOCK", BNBQ_ABSMAX_BLOCK) == 0;
+}
+
 static int execute(PyObject *module) {
-    if (!bnbq_tensor_import())
+    if (!bnbq_tensor_import() || !add_constants(module))
         return -1;
     const char *cap = getenv("BNBQ_ISA");
     return cap == NULL || *cap == '\0' || use_isa(module, cap, "BNBQ_ISA") ? 0 : -1;

@@ -351,7 +351,7 @@ static bool view_torch(bnbq_call *call, bnbq_arg *view, PyObject *object) {
         /* DLPack does not say that a view is to be negated when read (z.conj().imag is one). */
         PyObject *negated = PyObject_CallFunctionObjArgs(state->is_neg, object, NULL);
         if (negated == NULL)
-            return false;
+            return explain(call, view->name);
         Py_DECREF(negated); /* True and False live for ever */
         if (negated == Py_True)
             return bnbq_fail(call, PyExc_RuntimeError,

@@ -3,6 +3,7 @@
  */
 #include "../kernels.h"
 
+#include <assert.h>
 #include <math.h>
 #include <string.h>
 
@@ -37,6 +38,7 @@ static float clip(float x) {
 
 static void quantize_q4_scalar(const float *w, int64_t count, const bnbq_format *format,
                                int64_t blocksize, uint8_t *qweight, float *absmax) {
+    assert(count >= 1 && bnbq_valid_blocksize(blocksize));
     for (int64_t start = 0; start < count; start += blocksize) {
         int64_t end = start + blocksize < count ? start + blocksize : count;
         float greatest = 0.0f;
@@ -91,6 +93,7 @@ static void linear_q4_scalar(const void *packed, int64_t m, const bnbq_q4_rows *
                              float *y, int64_t ldy, void *scratch) {
     const float *x = packed;
     float *row = scratch;
+    assert(m >= 1 && m <= BNBQ_TILE_M && rows >= 1 && rows <= BNBQ_TILE_N && w->k % 32 == 0);
     for (int64_t n = 0; n < rows; n++) {
         dequantize_q4_scalar(w->qweight + n * (w->k / 2), w->absmax + n * (w->k / w->blocksize),
                              w->codebook, w->k, w->blocksize, row);
@@ -103,6 +106,8 @@ static void backward_q4_scalar(const float *gy, int64_t ldg, int64_t m, const bn
                                int64_t n, int64_t k0, int64_t cols, float *gx, int64_t ldgx,
                                void *scratch) {
     float *row = scratch;
+    assert(m >= 1 && m <= BNBQ_TILE_M && cols >= 1 && cols <= BNBQ_TILE_K && cols % 2 == 0);
+    assert(k0 % 32 == 0 && k0 + cols <= w->k);
     for (int64_t i = 0; i < m; i++)
         for (int64_t c = 0; c < cols; c++)
             gx[i * ldgx + c] = 0.0f;

@@ -3,6 +3,7 @@
  */
 #include "../kernels.h"
 
+#include <assert.h>
 #include <math.h>
 #include <string.h>
 
@@ -27,6 +28,7 @@ static int64_t quantize_s8_scalar(const float *x, int64_t count, float threshold
                                   float *absmax) {
     float greatest = 0.0f;
     int64_t outliers = 0;
+    assert(threshold > 0);
     for (int64_t i = 0; i < count; i++) {
         if (is_outlier(x[i], threshold))
             outliers++;
@@ -65,6 +67,8 @@ static void linear_s8_scalar(const void *packed, int64_t m, const int8_t *w, int
                              int64_t rows, int64_t k, int32_t *y, int64_t ldy, void *scratch) {
     (void)scratch;
     const int8_t *x = packed;
+    assert(m >= 1 && m <= BNBQ_TILE_M && rows >= 1 && rows <= BNBQ_TILE_N);
+    assert(k >= 1 && k <= BNBQ_MAX_K_S8);
     for (int64_t i = 0; i < m; i++) {
         for (int64_t n = 0; n < rows; n++) {
             int32_t sum = 0;
@@ -79,6 +83,7 @@ static void backward_s8_scalar(const float *gy, int64_t ldg, int64_t m, const in
                                int64_t ldw, int64_t n, int64_t cols, float *gx, int64_t ldgx,
                                void *scratch) {
     float *row = scratch;
+    assert(m >= 1 && m <= BNBQ_TILE_M && cols >= 1 && cols <= BNBQ_TILE_K);
     for (int64_t i = 0; i < m; i++)
         for (int64_t c = 0; c < cols; c++)
             gx[i * ldgx + c] = 0.0f;

@@ -113,11 +113,16 @@ def opened(path):
 
 
 def read_headers(files) -> tuple[dict, dict]:
-    """Headers of safetensors files -> (name -> Entry, name -> recorded CRC-32). A name in two files is an error."""
-    entries, recorded = {}, {}
+    """Headers of safetensors files -> (name -> Entry, name -> recorded CRC-32).
+
+    A name in two files is an error, as are files that record different checksums for a name.
+    """
+    entries, recorded, files = {}, {}, list(files)
     for path in files:
         with opened(path) as file:
-            recorded.update(recorded_checksums(file.metadata()))
+            for name, value in recorded_checksums(file.metadata()).items():
+                if recorded.setdefault(name, value) != value:
+                    raise ValueError(f"{path}: records another CRC-32 for {name} than {files[0]}: they are of different checkpoints")
             for name in file.keys():
                 if name in entries:
                     raise ValueError(f"{name} is in {entries[name].file} and in {path}; which one is meant?")
@@ -199,7 +204,10 @@ def layer_from_settings(settings: dict, where: str, device="meta"):
     for key in ("weight_dtype", "compute_dtype"):
         if key in settings:
             settings[key] = float_dtype(settings[key], f"{where}: {key}", optional=True)
-    return build(*sizes, device=device, **settings)
+    try:
+        return build(*sizes, device=device, **settings)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def dtype_name(dtype) -> str | None:

@@ -97,13 +97,14 @@ def bnb4_settings(parts: dict, layer: str = "layer") -> dict:
     return state
 
 
-def native_from_bnb4(parts: dict, layer: str = "layer", shape: tuple | None = None) -> tuple[dict, dict]:
+def native_from_bnb4(parts: dict, layer: str = "layer", shape: tuple | None = None, notes: list | None = None) -> tuple[dict, dict]:
     """bitsandbytes' tensors of a 4-bit layer -> (bnbq's tensors by parameter name, settings).
 
     Args:
         parts: the tensors by the names of ``BNB4_KEYS`` (a leading ``weight.`` may be missing from the statistics).
         layer: for messages.
         shape: ``(out_features, in_features)`` the layer must have; None takes what the file says.
+        notes: what would be a warning is appended here instead, without the layer's name.
 
     Tensors share memory with the input where the bytes are the same. Scales that bnbq cannot keep as they
     are (see ``bnb4_settings``) are decoded exactly as bitsandbytes decodes them, with a warning; so are those
@@ -135,9 +136,14 @@ def native_from_bnb4(parts: dict, layer: str = "layer", shape: tuple | None = No
         raise ValueError(f"{layer}: absmax is {describe(absmax)}; wanted {'uint8 codes' if nested else 'float scales'}")
     tensors = {"qweight": packed}
     if nested:
-        tensors.update(read_nested(parts, settings, layer))
+        scales, note = read_nested(parts, settings, layer)
+        tensors.update(scales)
     else:
-        tensors["absmax"] = read_absmax(absmax, n, layer)
+        tensors["absmax"], note = read_absmax(absmax, n, layer)
+    if note is not None and notes is not None:
+        notes.append(note)
+    elif note is not None:
+        warnings.warn(f"{layer}: {note}", stacklevel=2)
     if k % settings["blocksize"] == 0:
         tensors["qweight"] = tensors["qweight"].view(n, k // 2)
         tensors["absmax"] = tensors["absmax"].view(n, k // settings["blocksize"])
@@ -254,23 +260,23 @@ def keeps_double_quant(state: dict, nested_quant_map: torch.Tensor) -> bool:
             and torch.equal(nested_quant_map.flatten().float().cpu(), dynamic_map()))
 
 
-def read_absmax(absmax: torch.Tensor, n: int, layer: str) -> torch.Tensor:
-    """First-level scales as f32, one-dimensional, in the order of the blocks."""
+def read_absmax(absmax: torch.Tensor, n: int, layer: str) -> tuple[torch.Tensor, str | None]:
+    """First-level scales as f32, one-dimensional, in the order of the blocks; and a note if they are not what was quantised."""
+    note = None
     if absmax.dim() == 2 and absmax.dtype != torch.float32:
         if absmax.shape[1] != n:
             raise ValueError(f"{layer}: absmax is {describe(absmax)}; wanted one dimension, or [k / blocksize, {n}]")
-        warnings.warn(f"{layer}: absmax is {describe(absmax)}: bitsandbytes saved this model after a forward pass on a CPU, which "
-                      "rounded its scales to half precision and transposed them. They are read back in order, but not to full "
-                      "precision; if that model had run again after an earlier save, its scales are lost. Quantise the "
-                      "original model again if you can", stacklevel=3)
+        note = ("bitsandbytes saved this model after a forward pass on a CPU, which rounded its scales to "
+                f"{str(absmax.dtype).removeprefix('torch.')} and transposed them. They are read back in order, but not to full "
+                "precision; if that model had run again after an earlier save, they are lost. Quantise the original model again if you can")
         absmax = absmax.t()
     absmax = absmax.reshape(-1).float().contiguous()
     check_scales(absmax, f"{layer}: absmax")
-    return absmax
+    return absmax, note
 
 
-def read_nested(parts: dict, settings: dict, layer: str) -> dict:
-    """Double-quantised scales: kept as codes where bnbq stores the same form, decoded as bitsandbytes does otherwise."""
+def read_nested(parts: dict, settings: dict, layer: str) -> tuple[dict, str | None]:
+    """Double-quantised scales: kept as codes where bnbq stores the same form, decoded as bitsandbytes does (and a note) otherwise."""
     codes, scales = parts["weight.absmax"].reshape(-1).contiguous(), parts["weight.nested_absmax"].reshape(-1)
     quant_map = parts["weight.nested_quant_map"].reshape(-1)
     size = settings["nested_blocksize"]
@@ -283,13 +289,13 @@ def read_nested(parts: dict, settings: dict, layer: str) -> dict:
     scales = scales.float().contiguous()
     offset = torch.tensor([settings["nested_offset"]], dtype=torch.float32, device=codes.device)
     if settings["double_quant"]:
-        return {"absmax": codes, "absmax2": scales, "absmax_offset": offset}
+        return {"absmax": codes, "absmax2": scales, "absmax_offset": offset}, None
     dtype = settings["nested_dtype"]
     check_scales(quant_map, f"{layer}: nested_quant_map")
-    warnings.warn(f"{layer}: its double-quantised scales use "
-                  f"{'blocks of ' + str(size) if size != reference.ABSMAX_BLOCK else describe(quant_map) + ' for ' + str(dtype)}"
-                  ", which bnbq does not store; they are decoded to float32 (the same values, more memory)", stacklevel=3)
+    why = (f"blocks of {size}" if size != reference.ABSMAX_BLOCK else f"{str(dtype).removeprefix('torch.')} arithmetic" if dtype != torch.float32
+           else "an 8-bit map of its own")
     decoded = quant_map.float()[codes.long()] * scales.repeat_interleave(size)[: codes.numel()]
     decoded = (decoded.to(dtype) + offset.reshape(())).float()
     check_scales(decoded, f"{layer}: absmax")
-    return {"absmax": decoded}
+    return {"absmax": decoded}, (f"double quantisation with {why}, which bnbq does not store; the scales are decoded to float32 "
+                                 "(the same values, more memory)")

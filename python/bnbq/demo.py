@@ -100,15 +100,14 @@ def measure(name, model_id, dtype, tokenizer, windows, reference, arguments):
     return row, quality
 
 
-COLUMNS = ("", "size MB", "of float", "perplexity", "KL", "same top", "prompt tok/s", "text tok/s")
+COLUMNS = ("", "size MB", "of float", "perplexity", "KL", "prompt tok/s", "text tok/s")
 
 
 def cells(row, base) -> list[str]:
     def number(value, digits):
         return "-" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
     return [row["name"], number(row["bytes"] / 1e6, 1), f"{row['bytes'] / base['bytes']:.0%}", number(row["perplexity"], 3),
-            number(row["kl"], 4), "-" if row["top1"] is None else f"{row['top1']:.1%}", number(row["prefill"], 0),
-            number(row["decode"], 1)]
+            number(row["kl"], 4), number(row["prefill"], 0), number(row["decode"], 1)]
 
 
 def show(rows) -> None:
@@ -116,14 +115,15 @@ def show(rows) -> None:
     lines = [cells(row, rows[0]) for row in rows]
     if sys.stdout.isatty():
         try:
+            from rich.box import SIMPLE_HEAD
             from rich.console import Console
             from rich.table import Table
         except ImportError:
             pass
         else:
-            table = Table()
+            table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
             for i, column in enumerate(COLUMNS):
-                table.add_column(column, justify="right" if i else "left")
+                table.add_column(column, justify="right" if i else "left", no_wrap=True)
             for line in lines:
                 table.add_row(*line)
             Console().print(table)

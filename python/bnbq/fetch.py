@@ -9,8 +9,10 @@ The GGUF's linear weights are Q4_1 (16 even levels for each 32 weights) and its 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -117,12 +119,14 @@ def convert(gguf: Path, folder: Path) -> None:
     arguments = dict(gguf_file=gguf.name, dtype=torch.bfloat16)
     if hasattr(transformers, "GgufConfig"):  # such versions keep GGUF weights packed unless told otherwise
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **arguments)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars know no switch
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **arguments)
     model.hf_quantizer = None
     model.config.dtype = torch.bfloat16
     if hasattr(model.config, "quantization_config"):  # else the directory would be opened as GGUF
         del model.config.quantization_config
-    model.save_pretrained(folder)
+    with contextlib.redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
 
     # The GGUF names the tokenizer's splitting rule ("smollm") without spelling it out, and the reader
     # leaves out its first half: each digit is a token of its own.

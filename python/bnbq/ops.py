@@ -27,8 +27,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _bnbq
-from ._bnbq import batch_invariant, set_batch_invariant, set_thread_limit, thread_count
-from .reference import ABSMAX_BLOCK, BLOCKSIZES
+from ._bnbq import (
+    ABSMAX_BLOCK,
+    BLOCKSIZES,
+    batch_invariant,
+    set_batch_invariant,
+    set_thread_limit,
+    thread_count,
+)
 
 __all__ = [
     "Packed4",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import _bnbq
+from ._bnbq import ABSMAX_BLOCK
 from .ops import absmax_shape_8bit, packed_shapes_4bit
-from .reference import ABSMAX_BLOCK
 
 PACKED4 = "Tensor qweight, Tensor absmax, Tensor? absmax2, Tensor? absmax_offset"
 PACKED8 = "Tensor qweight, Tensor absmax"

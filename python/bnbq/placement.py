@@ -18,7 +18,7 @@ import torch
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def check_device_map(model: torch.nn.Module, device_map) -> None:
+def check_device_map(model: torch.nn.Module, device_map, offload_folder=None) -> None:
     """TypeError or ValueError for a device_map that cannot be meant, before anything is quantised."""
     if isinstance(device_map, str) and device_map in STRATEGIES:
         return
@@ -29,7 +29,8 @@ def check_device_map(model: torch.nn.Module, device_map) -> None:
     for name, device in entries.items():
         if name not in names:
             raise ValueError(f"device_map: {name!r} is no module of {type(model).__name__}")
-        as_device(device)
+        if as_device(device) == "disk":
+            check_folder(name, offload_folder)
     if "" not in entries:
         lost = [tensor for tensor in model.state_dict() if not any(tensor == name or tensor.startswith(f"{name}.") for name in entries)]
         if lost:
@@ -48,6 +49,18 @@ def as_device(value):
         raise ValueError(f"device_map: {value!r} is neither a device, nor 'disk', nor one of {', '.join(STRATEGIES)}") from None
 
 
+def check_folder(module: str, offload_folder) -> None:
+    if offload_folder is None:
+        raise ValueError(f"device_map: {module or 'the model'} goes to disk; say where with offload_folder")
+
+
+def accelerate_name(device):
+    """A device as Accelerate's device maps have it: "cpu", "disk", or the index of a GPU."""
+    if device == "disk" or device.type == "cpu":
+        return str(device)
+    return device.index if device.type == "cuda" and device.index is not None else str(device)
+
+
 def place(model: torch.nn.Module, device_map, max_memory: dict | None = None, offload_folder=None) -> None:
     """Move ``model``, or dispatch it with Accelerate where it needs more than one device or the disk.
 
@@ -64,7 +77,7 @@ def place(model: torch.nn.Module, device_map, max_memory: dict | None = None, of
         model.hf_device_map = dict(device_map)
         return
     accelerate = import_accelerate()
-    devices = {name: "cpu" if device == torch.device("cpu") else device for name, device in devices.items()}
+    devices = {name: accelerate_name(device) for name, device in devices.items()}
     folder = None
     if "disk" in devices.values():
         folder = offload(model, [name for name, device in devices.items() if device == "disk"], offload_folder)
@@ -88,8 +101,7 @@ def offload(model: torch.nn.Module, modules: list[str], offload_folder) -> Path:
     A folder of its own: Accelerate takes an index.json that it finds for its own, so a second model in the same
     folder would compute with the weights of the first. It is removed when the model is.
     """
-    if offload_folder is None:
-        raise ValueError(f"device_map: {modules[0] or 'the model'} goes to disk; say where with offload_folder")
+    check_folder(modules[0], offload_folder)
     Path(offload_folder).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bnbq-", dir=offload_folder))
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)

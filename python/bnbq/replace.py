@@ -37,7 +37,7 @@ from torch import nn as torch_nn
 
 from . import nn
 from .config import BnbqConfig, check_names
-from .report import Report, largest_unquantized, report
+from .report import Report, explain, largest_unquantized, report
 
 logger = logging.getLogger("bnbq")
 
@@ -169,14 +169,14 @@ def keep_reason(name: str, module: torch_nn.Module, facts: Facts) -> str | None:
     last = name.rpartition(".")[2]
     if id(module) in facts.heads or parts & OUTPUT_HEADS:
         return "output head"
-    if parts & CLASSIFIER_HEADS:
-        return "classifier head"
-    if id(module.weight) in facts.tied or name in facts.tied_names:
-        return "tied weight"
     parent = next(facts.ancestors(name))[0] if name else None
     if (any(part == "router" or part.endswith("_router") for part in parts) or last == "shared_expert_gate"
             or (last in GATES and looks_like_moe(parent))):
         return "MoE router"
+    if parts & CLASSIFIER_HEADS:
+        return "classifier head"
+    if id(module.weight) in facts.tied or name in facts.tied_names:
+        return "tied weight"
     if nn.dense_weight(module).shape[0] == 1:
         return "single output"
     if any(matches(pattern, name) for pattern in facts.fp32):
@@ -254,7 +254,7 @@ def quantize_model(model: torch_nn.Module, config=None, *, device_map=None, max_
     if device_map is not None:
         from . import placement
 
-        placement.check_device_map(model, device_map)
+        placement.check_device_map(model, device_map, offload_folder)
     selection = select(model, config, include)
     check_hooks(model, selection.modules)
     owners = {}
@@ -278,9 +278,11 @@ def quantize_model(model: torch_nn.Module, config=None, *, device_map=None, max_
             setattr(model.get_submodule(parent), attribute, layer)
         steps(done + 1, name)
     mark(model, config)
+    result = report(model, kept=kept)
     if device_map is not None:
         placement.place(model, device_map, max_memory, offload_folder)
-    result = report(model, kept=kept)
+        for row in result.quantized:
+            row.kernel = explain(model.get_submodule(row.name)).kernel
     logger.info("%s", result.summary())
     warn_about_rest(result)
     return result

@@ -132,7 +132,7 @@ class Report:
             worst = max((row.error for row in rows if row.error is not None), default=None)
             weights = sum(row.parameters for row in rows)
             bits = sum(row.bits * row.parameters for row in rows) / max(weights, 1)
-            table.append((name + many, kind, form, f"{bits:.2f}", readable(sum(row.bytes for row in rows)),
+            table.append((name + many, kind, form, f"{bits:.2f}" if weights else "", readable(sum(row.bytes for row in rows)),
                           *(["" if worst is None else f"{worst:.4f}"] if errors else []), kernel or why))
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
@@ -285,10 +285,14 @@ def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
     family = "q4" if four else "s8"
     dtype = str((layer.compute_dtype if four else None) or layer.weight_dtype).removeprefix("torch.")
     device = layer.qweight.device
+    if device.type == "meta":  # unfilled, or offloaded: then Accelerate's hook knows where it will run
+        hook = getattr(layer, "_hf_hook", None)
+        runs_on = getattr(hook, "execution_device", None)
+        device = device if runs_on is None else torch.device(runs_on)
     if device.type == "meta":
         return Explanation(layer.describe(), "none: the layer is on meta", dtype, [])
     if device.type != "cpu":
-        return Explanation(layer.describe(), f"{family} {device.type}", dtype, [f"the weight is on {device}"])
+        return Explanation(layer.describe(), f"{family} {device.type}", dtype, [f"it runs on {device}"])
     rows = [row for row in _bnbq.rows() if row["family"] == family]
     used = next(i for i, row in enumerate(rows) if row["in_use"])
     row, kernel = rows[used], f"{family} {rows[used]['isa']}"

@@ -54,13 +54,17 @@ class Summary:
     bytes_quantized: int
     shards: int
     kept: list[str]
+    copied: dict[str, int]  # bytes of what was copied, by name with * for numbers
 
     def text(self) -> str:
+        """One line: how much was quantised and what was not."""
         share = 100 * self.bytes_quantized / max(self.bytes_before, 1)
         kept = f"; kept: {', '.join(self.kept[:6])}{' ...' if len(self.kept) > 6 else ''}" if self.kept else ""
+        large = [f"{name} ({megabytes(size)} MB)" for name, size in sorted(self.copied.items(), key=lambda item: -item[1])
+                 if size > 0.05 * self.bytes_before]
         return (f"{self.path}: {self.quantized} of {self.linears} linear layers, {share:.1f} % of the bytes, "
                 f"{megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} MB in {self.shards} "
-                f"file{'s' if self.shards != 1 else ''}{kept}")
+                f"file{'s' if self.shards != 1 else ''}{kept}{f'; copied: ' + ', '.join(large[:4]) if large else ''}")
 
 
 def megabytes(size: int) -> str:
@@ -99,8 +103,12 @@ def quantize_checkpoint(src, dst, config: BnbqConfig | None = None, *, max_shard
         if config.checkpoint_format == "bnbq":
             checkpoint.write_model_card(folder)
     quantized = [job for job in jobs if job.module is not None]
+    copied: dict[str, int] = {}
+    for job in jobs:
+        if job.module is None:
+            copied[wildcards(job.key)] = copied.get(wildcards(job.key), 0) + job.nbytes
     return Summary(dst, len(quantized), len(quantized) + len(kept), sum(job.nbytes for job in jobs), written,
-                   sum(job.nbytes for job in quantized), len(groups), kept)
+                   sum(job.nbytes for job in quantized), len(groups), kept, copied)
 
 
 # ------------------------------------------------------------------ places

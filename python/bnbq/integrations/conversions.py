@@ -137,8 +137,13 @@ class ReadBitsandbytes(Converter):
         name = layer_name.rpartition(".")[0]
         layer = model.get_submodule(name)
         parts, shape = self.one_of_each(), (layer.out_features, layer.in_features)
-        read = native_from_bnb4 if isinstance(layer, nn.Linear4bit) else native_from_bnb8
-        return packed_parameters(layer, name, read(parts, name, shape)[0])
+        if isinstance(layer, nn.Linear8bitLt):
+            return packed_parameters(layer, name, native_from_bnb8(parts, name, shape)[0])
+        notes: list[str] = []
+        tensors = native_from_bnb4(parts, name, shape, notes)[0]
+        for note in notes:
+            self.quantizer.notes.setdefault(note, []).append(name)
+        return packed_parameters(layer, name, tensors)
 
     def reverse_transform(self):
         return WriteBitsandbytes(self.quantizer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ class BnbqQuantizer(HfQuantizer):
         self.checkpoint_files: list = []
         self.stored = None               # StoredCheckpoint, while loading a quantised one
         self.prefix = ""
+        self.notes: dict[str, list] = {}  # what was odd about the checkpoint -> the layers
 
     # ------------------------------------------------------------------ what Transformers asks
 
@@ -218,7 +220,9 @@ class BnbqQuantizer(HfQuantizer):
                     in_memory[f"{name}.{leaf}"] = parameter
         if self.stored is not None:
             checkpoint.verify_checksums(in_memory, self.stored.checksums, self.stored.where)
-        self.originals, self.checkpoint_files, self.stored = {}, [], None
+        for note, names in self.notes.items():
+            warnings.warn(f"{names[0]}{f' and {len(names) - 1} other layers' if len(names) > 1 else ''}: {note}", stacklevel=2)
+        self.originals, self.checkpoint_files, self.stored, self.notes = {}, [], None, {}
         self.finish(model)
         return model
 
@@ -414,6 +418,7 @@ def from_pretrained(model_class, name_or_path, *args, quantization_config=None, 
     checkpoints keep loading with bitsandbytes elsewhere in the process.
     """
     given = {key: kwargs.pop(key) for key in settings.ARGUMENTS if key in kwargs and key not in ("version", "quant_method")}
+    given = {key: value for key, value in given.items() if value is not None}
     wanted = resolve_settings(quantization_config, given)
     config, rest = model_config(model_class, name_or_path, kwargs)
     owner = stored_settings_owner(config)
@@ -427,7 +432,7 @@ def from_pretrained(model_class, name_or_path, *args, quantization_config=None, 
         if wanted is not None:
             raise ValueError(f"{name_or_path} is quantised with {stored['quant_method']}; it cannot be quantised again with bnbq")
         return model_class.from_pretrained(name_or_path, *args, **kwargs)
-    merged = merge_settings(stored, wanted, given, name_or_path)
+    merged = merge_settings(stored, wanted, given, quantization_config is not None, name_or_path)
     owner.quantization_config = merged.to_native_dict()
     return model_class.from_pretrained(name_or_path, *args, config=config, **rest)
 
@@ -435,7 +440,8 @@ def from_pretrained(model_class, name_or_path, *args, quantization_config=None, 
 def resolve_settings(quantization_config, given: dict):
     """The settings asked for, as a BnbqConfig; None if there are none."""
     if quantization_config is None:
-        return BnbqConfig(**given) if given else None
+        off = not given.get("load_in_4bit") and not given.get("load_in_8bit") and {"load_in_4bit", "load_in_8bit"} & set(given)
+        return BnbqConfig(**given) if given and not off else None
     if isinstance(quantization_config, dict):
         if quantization_config.get("quant_method") == "bnbq":
             return BnbqConfig.from_dict({**quantization_config, **given})
@@ -469,13 +475,13 @@ def stored_settings_owner(config):
     return None
 
 
-def merge_settings(stored: dict, wanted, given: dict, where):
+def merge_settings(stored: dict, wanted, given: dict, whole: bool, where):
     """A checkpoint's own settings, with the run-time ones replaced by what was asked for."""
     config = BnbqConfig.from_dict(stored) if stored.get("quant_method") == "bnbq" else \
         BnbqConfig.from_bnb(stored, checkpoint_format="bitsandbytes")
     if wanted is None:
         return config
-    if wanted.bits != config.bits:
+    if wanted.bits != config.bits and (whole or {"bits", "load_in_4bit", "load_in_8bit"} & set(given)):
         raise ValueError(f"{where} is quantised to {config.bits} bits; it cannot be loaded with {wanted.bits}. Quantise the original model")
     merged = config.to_native_dict()
     if wanted.compute_dtype is not None:
