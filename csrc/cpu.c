@@ -105,21 +105,13 @@ uint32_t bnbq_cpu_features(void) {
 
 const char *bnbq_cpu_feature_name(uint32_t feature) {
     switch (feature) {
-    case BNBQ_CPU_AVX2:
-        return "avx2";
-    case BNBQ_CPU_AVX512:
-        return "avx512";
-    case BNBQ_CPU_AVX512VNNI:
-        return "avx512vnni";
-    case BNBQ_CPU_AVX512BF16:
-        return "avx512bf16";
-    case BNBQ_CPU_AMX:
-        return "amx";
-    case BNBQ_CPU_NEON:
-        return "neon";
-    case BNBQ_CPU_DOTPROD:
-        return "dotprod";
-    default:
-        return NULL;
+    case BNBQ_CPU_AVX2: return "avx2";
+    case BNBQ_CPU_AVX512: return "avx512";
+    case BNBQ_CPU_AVX512VNNI: return "avx512vnni";
+    case BNBQ_CPU_AVX512BF16: return "avx512bf16";
+    case BNBQ_CPU_AMX: return "amx";
+    case BNBQ_CPU_NEON: return "neon";
+    case BNBQ_CPU_DOTPROD: return "dotprod";
+    default: return NULL;
     }
 }

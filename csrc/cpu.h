@@ -39,7 +39,9 @@ enum {
 #else
 #define BNBQ_HAVE_AVX512BF16 0
 #endif
-#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+/* gcc and newer clang spell them with an underscore, clang 14 without. */
+#if (defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)) ||                   \
+    (defined(__AMXTILE__) && defined(__AMXINT8__) && defined(__AMXBF16__))
 #define BNBQ_HAVE_AMX BNBQ_CPU_AMX
 #else
 #define BNBQ_HAVE_AMX 0

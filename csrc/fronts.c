@@ -136,14 +136,18 @@ void bnbq_store(const bnbq_view *view, int64_t row, int64_t col, int64_t count, 
  * small tile, so that each cache line of both sides is touched once: with a power of two between
  * lines they would evict each other. */
 static void load_transposed(const bnbq_view *view, int64_t row, int64_t rows, float *out) {
-    enum { ROWS = 64, COLUMNS = 16 };
+    enum { ROWS = 64, COLUMNS = 16, AHEAD = 16 };
+    int64_t size = (int64_t)element_size(view->dtype);
     float tile[ROWS][COLUMNS], column[ROWS];
     for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
         int64_t height = bnbq_min(ROWS, rows - r0);
         for (int64_t c0 = 0; c0 < view->cols; c0 += COLUMNS) {
             int64_t width = bnbq_min(COLUMNS, view->cols - c0);
             for (int64_t c = 0; c < width; c++) {
-                const void *src = element(view, row + r0, c0 + c);
+                const char *src = element(view, row + r0, c0 + c);
+                /* Each column is in a page of its own: no hardware prefetch crosses over. */
+                for (int64_t b = 0; c0 + c + AHEAD < view->cols && b < height * size; b += 64)
+                    __builtin_prefetch(src + AHEAD * view->col_stride * size + b);
                 bnbq_edge()->widen(src, view->dtype, height, column);
                 for (int64_t r = 0; r < height; r++)
                     tile[r][c] = column[r];

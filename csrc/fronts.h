@@ -7,6 +7,8 @@
 #include "bnbq.h"
 #include "threads.h"
 
+#include <string.h>
+
 /* A tensor as rows x cols, with the leading dimensions that lie regularly in memory merged. */
 typedef struct bnbq_view {
     char *data;
@@ -56,6 +58,13 @@ enum { BNBQ_PASS_ELEMENTS = 1 << 23 };
 
 /* bnbq_parallel_for if `work` (multiplications, or elements moved) is worth waking threads. */
 bool bnbq_run_tasks(bnbq_task *run, void *context, int64_t tasks, int64_t work);
+
+/* A row to where it is wanted, unless it was loaded there already. An empty tensor may be NULL,
+ * which memcpy does not take even for no bytes. */
+static inline void bnbq_copy_row(float *dst, const float *src, int64_t count) {
+    if (dst != src && count > 0)
+        memcpy(dst, src, (size_t)count * sizeof *src);
+}
 
 static inline int64_t bnbq_min(int64_t a, int64_t b) {
     return a < b ? a : b;

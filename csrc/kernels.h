@@ -106,7 +106,7 @@ typedef struct bnbq_s8_kernels {
     uint32_t needs;
     /* One row (or block) of x, f32[count], count >= 0. An element is an outlier when it is not
      * finite or |x| >= threshold (threshold > 0, +Inf for none). absmax = max |x| over the others
-     * (0 if there are none); q[i] = rint(x[i] * s) with s = 127 / max(absmax, 1e-36), both fp32
+     * (0 if there are none); q[i] = rint(x[i] * s) with s = 127 * (1 / max(absmax, 1e-36)) in fp32
      * and ties to even; outliers give q[i] = 0. Returns the number of outliers. */
     int64_t (*quantize)(const float *x, int64_t count, float threshold, int8_t *q, float *absmax);
     /* w[i] = (q[i] * absmax) * (1/127), two fp32 roundings in that order. */

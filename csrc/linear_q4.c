@@ -20,7 +20,7 @@ enum {
     PACK_ROWS = 8, /* rows of activations per packing task */
     FLAT_ROWS = 8, /* rows of W that the flat path decodes at a time, per pass over x */
     MIN_TILE_N = 16,
-    MIN_TILE_K = 128, /* 64 bytes of a row: whole cache lines */
+    MIN_TILE_K = 256, /* narrower strips of W would visit more pages for the same bytes */
 };
 
 static bool rows_hold_whole_blocks(const bnbq_weight4 *w) {
@@ -78,7 +78,7 @@ static bool pack_task(void *context, int64_t task) {
         if (op->linear)
             op->linear->pack(x, row, part_size(op, part), k, packed);
         else
-            memcpy((float *)packed + row * k, x, (size_t)k * sizeof(float));
+            bnbq_copy_row((float *)packed + row * k, x, k);
     }
     return true;
 }
@@ -215,8 +215,7 @@ static bool load_gradient_task(void *context, int64_t task) {
     for (int64_t i = task * PACK_ROWS; i < end; i++) {
         float *row = op->g + i * n;
         const float *g = bnbq_load_rounded(&op->gy, op->m0 + i, op->compute_dtype, row);
-        if (g != row)
-            memcpy(row, g, (size_t)n * sizeof *g);
+        bnbq_copy_row(row, g, n);
     }
     return true;
 }

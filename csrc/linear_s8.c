@@ -25,7 +25,8 @@ static const float inv127 = (float)(1.0 / 127);
 enum {
     PACK_ROWS = 8,        /* rows of activations per task */
     MIN_TILE_N = 16,      /* rows of W per tile, at least */
-    MIN_TILE_K = 64,      /* columns of W per backward tile, at least: whole cache lines */
+    MIN_TILE_K = 256,     /* columns per backward tile: narrower strips of W visit more pages */
+    STRETCH = 64,         /* elements of a row that are searched for outliers together */
     OUTLIER_COLUMNS = 32, /* columns of a tile of W that are decoded at a time */
 };
 
@@ -43,10 +44,11 @@ static int64_t span_at(const bnbq_weight8 *w, int64_t start) {
 /* ---------------------------------------------------------------- forward */
 
 /* The elements of x that stay float, row by row with ascending columns. `columns` lists those that
- * occur in any row, ascending; an element names its column by its place in that list. */
+ * occur in any row, ascending; an element names its column by its place in that list. When whole
+ * columns are outliers every row has an element in each and the places are 0, 1, 2, ... */
 typedef struct outliers {
     int64_t *first; /* [m + 1]: row i has elements first[i] .. first[i + 1] */
-    int64_t *place; /* [first[m]] */
+    int64_t *place; /* [first[m]]; NULL: whole columns */
     float *value;   /* [first[m]] */
     int64_t *columns, count;
 } outliers;
@@ -57,8 +59,9 @@ typedef struct forward {
     const bnbq_weight8 *w;
     const bnbq_s8_kernels *kernels;
     float threshold;
-    uint8_t *column_is_outlier; /* [k]; NULL: each row has outliers of its own */
-    int64_t m0, m;              /* this pass: rows [m0, m0 + m) */
+    bool whole_columns; /* an outlier makes one of its column in every row */
+    uint8_t *flags;     /* [k]: which columns those are */
+    int64_t m0, m;      /* this pass: rows [m0, m0 + m) */
     bnbq_cut cut;
     char *packed; /* per part: one packed form per span */
     size_t part_bytes;
@@ -74,8 +77,12 @@ static size_t span_bytes(const forward *op, int64_t m, int64_t columns) {
     return (op->kernels->packed_bytes(m, columns) + 63) / 64 * 64;
 }
 
-static bool stays_float(const forward *op, float x, int64_t column) {
-    return op->column_is_outlier ? op->column_is_outlier[column] : !(fabsf(x) < op->threshold);
+/* Vector code, unlike a loop that stops at the first one: most stretches have none. */
+static bool has_outlier(const float *x, int64_t count, float threshold) {
+    int found = 0;
+    for (int64_t c = 0; c < count; c++)
+        found |= !(fabsf(x[c]) < threshold);
+    return found;
 }
 
 /* Rows of the whole batch, whatever the passes are. Every writer of a flag writes 1. */
@@ -87,21 +94,42 @@ static bool flag_columns_task(void *context, int64_t task) {
         return false;
     for (int64_t i = task * PACK_ROWS; i < end; i++) {
         const float *x = bnbq_load(&op->x, i, 0, k, scratch);
-        for (int64_t c = 0; c < k; c++)
-            if (!(fabsf(x[c]) < op->threshold))
-                __atomic_store_n(&op->column_is_outlier[c], 1, __ATOMIC_RELAXED);
+        for (int64_t c0 = 0; c0 < k; c0 += STRETCH) {
+            int64_t count = bnbq_min(STRETCH, k - c0);
+            bool found = has_outlier(x + c0, count, op->threshold);
+            for (int64_t c = c0; found && c < c0 + count; c++)
+                if (!(fabsf(x[c]) < op->threshold))
+                    __atomic_store_n(&op->flags[c], 1, __ATOMIC_RELAXED);
+        }
     }
     return true;
 }
 
 static bool flag_columns(forward *op) {
     int64_t k = op->w->k;
-    op->column_is_outlier = bnbq_scratch(BNBQ_SCRATCH_COLUMNS, (size_t)k);
-    if (!op->column_is_outlier)
+    op->out.columns = bnbq_scratch(BNBQ_SCRATCH_COLUMNS, (size_t)k * (sizeof(int64_t) + 1));
+    if (!op->out.columns)
         return false;
-    memset(op->column_is_outlier, 0, (size_t)k);
-    return bnbq_run_tasks(flag_columns_task, op, bnbq_ceil_div(op->x.rows, PACK_ROWS),
-                          op->x.rows * k);
+    op->flags = (uint8_t *)(op->out.columns + k);
+    memset(op->flags, 0, (size_t)k);
+    if (!bnbq_run_tasks(flag_columns_task, op, bnbq_ceil_div(op->x.rows, PACK_ROWS),
+                        op->x.rows * k))
+        return false;
+    for (int64_t c = 0; c < k; c++)
+        if (op->flags[c])
+            op->out.columns[op->out.count++] = c;
+    op->whole_columns = op->out.count > 0; /* without any the rule per row finds none either */
+    return true;
+}
+
+/* Row i: its elements in outlier columns go to their list and are Inf for the kernel, which knows
+ * outliers by their value. */
+static void take_columns(const forward *op, int64_t i, float *x) {
+    float *value = op->out.value + i * op->out.count;
+    for (int64_t p = 0; p < op->out.count; p++) {
+        value[p] = x[op->out.columns[p]];
+        x[op->out.columns[p]] = INFINITY;
+    }
 }
 
 static bool quantize_task(void *context, int64_t task) {
@@ -114,9 +142,9 @@ static bool quantize_task(void *context, int64_t task) {
     for (int64_t i = task * PACK_ROWS; i < end; i++) {
         int64_t part = i / op->cut.part_rows, row = i % op->cut.part_rows, m = part_size(op, part);
         const float *x = bnbq_load(&op->x, op->m0 + i, 0, k, scratch);
-        if (op->column_is_outlier) { /* kernels know outliers by their value */
-            for (int64_t c = 0; c < k; c++)
-                scratch[c] = op->column_is_outlier[c] ? INFINITY : x[c];
+        if (op->whole_columns) {
+            bnbq_copy_row(scratch, x, k);
+            take_columns(op, i, scratch);
             x = scratch;
         }
         float absmax;
@@ -143,8 +171,10 @@ static bool collect_task(void *context, int64_t i) {
     if (!scratch)
         return false;
     const float *x = bnbq_load(&op->x, op->m0 + i, 0, k, scratch);
-    for (int64_t c = 0; c < k; c++) {
-        if (stays_float(op, x[c], c)) {
+    for (int64_t c = 0; next < op->out.first[i + 1]; c++) {
+        if (c % STRETCH == 0 && !has_outlier(x + c, bnbq_min(STRETCH, k - c), op->threshold)) {
+            c += STRETCH - 1;
+        } else if (!(fabsf(x[c]) < op->threshold)) {
             op->out.place[next] = c;
             op->out.value[next++] = x[c];
         }
@@ -152,14 +182,14 @@ static bool collect_task(void *context, int64_t i) {
     return true;
 }
 
+/* After the rows are quantised: their counts of outliers become the lists. */
 static bool collect_outliers(forward *op) {
     outliers *out = &op->out;
     int64_t k = op->w->k;
     for (int64_t i = 0; i < op->m; i++)
         out->first[i + 1] += out->first[i];
     int64_t total = out->first[op->m];
-    out->count = 0;
-    if (total == 0)
+    if (total == 0 || op->whole_columns)
         return true;
     int64_t *memory = bnbq_scratch(BNBQ_SCRATCH_EXTRA, (size_t)(2 * k + total) * sizeof(int64_t) +
                                                            (size_t)total * sizeof(float));
@@ -167,6 +197,7 @@ static bool collect_outliers(forward *op) {
         return false;
     int64_t *place_of = memory; /* [k] */
     out->columns = memory + k;
+    out->count = 0;
     out->place = memory + 2 * k;
     out->value = (float *)(memory + 2 * k + total);
     if (!bnbq_run_tasks(collect_task, op, op->m, op->m * k))
@@ -183,6 +214,11 @@ static bool collect_outliers(forward *op) {
     for (int64_t i = 0; i < total; i++)
         out->place[i] = place_of[out->place[i]];
     return true;
+}
+
+/* Place of element e of row i. */
+static int64_t place_of_element(const outliers *out, int64_t i, int64_t e) {
+    return out->place ? out->place[e] : e - out->first[i];
 }
 
 /* y += f32(product) * (x scale * W scale) for the columns of one block; a product is int32, or
@@ -254,11 +290,13 @@ static void add_outliers(const forward *op, int64_t part, int64_t n0, int64_t ro
         }
         for (int64_t i = 0; i < m; i++) {
             float *sum = sums + i * BNBQ_TILE_N;
-            for (; cursor[i] < first[i + 1] && out->place[cursor[i]] < end; cursor[i]++) {
-                const float *column = decoded[out->place[cursor[i]] - begin];
+            for (; cursor[i] < first[i + 1]; cursor[i]++) {
+                int64_t place = place_of_element(out, m0 + i, cursor[i]);
+                if (place >= end)
+                    break;
                 float value = out->value[cursor[i]];
                 for (int64_t j = 0; j < rows; j++)
-                    sum[j] += value * column[j];
+                    sum[j] += value * decoded[place - begin][j];
             }
         }
     }
@@ -306,7 +344,10 @@ static bool run_pass(forward *op) {
     op->packed = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)op->cut.parts * op->part_bytes);
     op->out.first = bnbq_scratch(BNBQ_SCRATCH_ABSMAX, (size_t)(op->m + 1) * sizeof(int64_t) +
                                                           (size_t)op->m * sizeof(float));
-    if (!op->packed || !op->out.first)
+    if (op->whole_columns)
+        op->out.value =
+            bnbq_scratch(BNBQ_SCRATCH_EXTRA, (size_t)(op->m * op->out.count) * sizeof(float));
+    if (!op->packed || !op->out.first || (op->whole_columns && !op->out.value))
         return false;
     op->out.first[0] = 0;
     op->x_scale = (float *)(op->out.first + op->m + 1);
@@ -366,8 +407,8 @@ static bool load_gradient_task(void *context, int64_t task) {
         const float *g = bnbq_load(&op->gy, op->m0 + i, 0, n, row);
         if (op->blocks == 1)
             scale_gradient(op, g, 0, row);
-        else if (g != row)
-            memcpy(row, g, (size_t)n * sizeof *g);
+        else
+            bnbq_copy_row(row, g, n);
     }
     return true;
 }

@@ -14,29 +14,29 @@
 
 static const bnbq_edge_kernels *const edge_rows[] = {
     &bnbq_edge_scalar,
-#if defined(__x86_64__) && !defined(BNBQ_SCALAR_ONLY)
+#ifdef __x86_64__
     &bnbq_edge_avx2,
 #endif
 };
 
 static const bnbq_q4_kernels *const q4_rows[] = {
     &bnbq_q4_scalar,
-#if defined(__x86_64__) && !defined(BNBQ_SCALAR_ONLY)
+#ifdef __x86_64__
     &bnbq_q4_avx2,
     &bnbq_q4_avx512,
     &bnbq_q4_amx,
-#elif defined(__aarch64__) && !defined(BNBQ_SCALAR_ONLY)
+#elif defined(__aarch64__)
     &bnbq_q4_neon,
 #endif
 };
 
 static const bnbq_s8_kernels *const s8_rows[] = {
     &bnbq_s8_scalar,
-#if defined(__x86_64__) && !defined(BNBQ_SCALAR_ONLY)
+#ifdef __x86_64__
     &bnbq_s8_avx2,
     &bnbq_s8_avx512vnni,
     &bnbq_s8_amx,
-#elif defined(__aarch64__) && !defined(BNBQ_SCALAR_ONLY)
+#elif defined(__aarch64__)
     &bnbq_s8_neon,
 #endif
 };

@@ -30,13 +30,15 @@ const char *bnbq_thread_backend(void);
 /* Scratch memory of the calling thread, 64-byte aligned, kept between calls and freed with the
  * thread. Each slot is one buffer that only grows; its content is undefined. NULL: no memory. */
 enum {
-    BNBQ_SCRATCH_X,    /* owned by the thread that called the front: packed activations */
-    BNBQ_SCRATCH_ROW,  /* the front's row conversions, per worker */
-    BNBQ_SCRATCH_TILE, /* the front's output tile, per worker */
-    BNBQ_SCRATCH_ABSMAX,
-    BNBQ_SCRATCH_KERNEL, /* handed to kernels as `scratch` */
-    BNBQ_SCRATCH_EXTRA,
+    /* Written by the thread that called the front, read by every worker. */
+    BNBQ_SCRATCH_X,       /* packed activations, or gradients as f32 */
+    BNBQ_SCRATCH_EXTRA,   /* scales of a whole weight, or lists of outliers */
     BNBQ_SCRATCH_COLUMNS, /* linear_s8.c: which columns are outliers */
+    /* Of each worker, within one task. */
+    BNBQ_SCRATCH_ROW,    /* rows converted to f32 */
+    BNBQ_SCRATCH_TILE,   /* the output tile */
+    BNBQ_SCRATCH_KERNEL, /* handed to kernels as `scratch` */
+    BNBQ_SCRATCH_ABSMAX, /* scales of a tile; in linear_s8.c, of the rows of x, for every worker */
     BNBQ_SCRATCH_SLOTS
 };
 void *bnbq_scratch(int slot, size_t bytes);

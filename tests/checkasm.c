@@ -84,7 +84,7 @@ static float normal(void) { /* near enough */
 
 /* ------------------------------------------------------------------ guarded buffers */
 
-enum { ARENAS = 12, ARENA = 8 << 20, CANARY = 0xa5, FRONT = 512, POISON = 0xff };
+enum { ARENAS = 11, ARENA = 8 << 20, CANARY = 0xa5, FRONT = 512, POISON = 0xff };
 
 static struct arena {
     uint8_t *base, *data;
@@ -131,7 +131,7 @@ static void check_canaries(void) {
         fail("left the tiles configured");
 }
 
-enum { IN, IN2, OUT, OUT2, WANT, WANT2, PACKED, SCRATCH, W, SCALES, ALONE, SPARE };
+enum { IN, IN2, OUT, OUT2, WANT, WANT2, PACKED, SCRATCH, W, SCALES, ALONE };
 
 #define FLOATS(i, count) ((float *)guarded(i, (size_t)(count)*4, 4))
 #define BYTES(i, count) guarded(i, (size_t)(count), 1)
@@ -313,6 +313,38 @@ static void check_q4_linear(const char *name, const bnbq_q4_linear *l, bool bf16
     check_canaries();
 }
 
+/* gx[m, cols] = gy[m, n] . dense[n, cols], and nothing written between the rows of gx. */
+static void check_gradient(const float *gx, int64_t ldgx, int64_t m, int64_t cols, const float *gy,
+                           int64_t ldg, int64_t n, const float *dense, int64_t ld) {
+    check_canaries();
+    for (int64_t j = 0; j < (m - 1) * ldgx + cols; j++) {
+        const int64_t i = j / ldgx, c = j % ldgx;
+        double sum = 0, size = 0;
+        if (c >= cols) {
+            if (bnbq_bits(gx[j]) != 0xffffffff)
+                fail("wrote between the rows of gx");
+            continue;
+        }
+        for (int64_t r = 0; r < n; r++) {
+            sum += (double)gy[i * ldg + r] * dense[r * ld + c];
+            size += fabs((double)gy[i * ldg + r] * dense[r * ld + c]);
+        }
+        if (!(fabs(gx[j] - sum) <= (double)(n + 2) * 0x1p-24 * size))
+            fail("gx[%" PRId64 ", %" PRId64 "] = %.9g, want %.9g", i, c, (double)gx[j], sum);
+    }
+}
+
+static void *backward_scratch(void) {
+    return guarded(SCRATCH, BNBQ_BACKWARD_SCRATCH, 64);
+}
+
+static float *gradient(int64_t count) {
+    float *gy = FLOATS(IN, count);
+    for (int64_t i = 0; i < count; i++)
+        gy[i] = normal();
+    return gy;
+}
+
 static void check_q4_backward(int64_t m, int64_t n, int64_t k, int64_t blocksize, int64_t k0,
                               int64_t cols) {
     CASE("q4 backward m %" PRId64 " n %" PRId64 " k %" PRId64 " blocksize %" PRId64 " k0 %" PRId64
@@ -321,35 +353,15 @@ static void check_q4_backward(int64_t m, int64_t n, int64_t k, int64_t blocksize
     bnbq_q4_rows w;
     random_rows(&w, n, k, blocksize);
     const int64_t ldg = n + random_below(3), ldgx = cols + random_below(3) * 7;
-    float *dense = FLOATS(WANT, n * k), *gy = FLOATS(IN, (m - 1) * ldg + n);
+    float *dense = FLOATS(WANT, n * k), *gy = gradient((m - 1) * ldg + n);
     q4_scalar->dequantize(w.qweight, w.absmax, w.codebook, n * k, blocksize, dense);
-    for (int64_t i = 0; i < (m - 1) * ldg + n; i++)
-        gy[i] = normal();
     float *gx = guarded(OUT, (size_t)((m - 1) * ldgx + cols) * 4, 64);
-    q4->backward(gy, ldg, m, &w, n, k0, cols, gx, ldgx,
-                 guarded(SCRATCH, BNBQ_BACKWARD_SCRATCH, 64));
-    check_canaries();
-    for (int64_t i = 0; i < m; i++)
-        for (int64_t c = 0; c < ldgx && i * ldgx + c < (m - 1) * ldgx + cols; c++) {
-            if (c >= cols) {
-                if (bnbq_bits(gx[i * ldgx + c]) != 0xffffffff)
-                    fail("wrote between the rows of gx");
-                continue;
-            }
-            double sum = 0, size = 0;
-            for (int64_t r = 0; r < n; r++) {
-                double product = (double)gy[i * ldg + r] * dense[r * k + k0 + c];
-                sum += product;
-                size += fabs(product);
-            }
-            if (!(fabs(gx[i * ldgx + c] - sum) <= (double)(n + 2) * 0x1p-24 * size))
-                fail("gx[%" PRId64 ", %" PRId64 "] = %.9g, want %.9g", i, c,
-                     (double)gx[i * ldgx + c], sum);
-        }
+    q4->backward(gy, ldg, m, &w, n, k0, cols, gx, ldgx, backward_scratch());
+    check_gradient(gx, ldgx, m, cols, gy, ldg, n, dense + k0, k);
     const int64_t i = random_below(m), from = cols > 32 ? 32 : 0;
     float *alone = guarded(ALONE, (size_t)(cols - from) * 4, 64);
     q4->backward(gy + i * ldg, ldg, 1, &w, n, k0 + from, cols - from, alone, cols - from,
-                 guarded(SCRATCH, BNBQ_BACKWARD_SCRATCH, 64));
+                 backward_scratch());
     same("gx of one row, cut elsewhere", alone, gx + i * ldgx + from, (size_t)(cols - from) * 4);
     check_canaries();
 }
@@ -358,6 +370,7 @@ static void check_q4_products(int64_t random_cases) {
     static const int64_t ms[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96};
     static const int64_t rows[] = {1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64};
     static const int64_t ks[] = {32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 416, 512, 768};
+    const bool rounds = q4->linear_bf16.run != q4->linear.run;
     for (int64_t t = 0; t < random_cases; t++) {
         const int64_t m = t < 18 ? ms[t] : ms[random_below(18)];
         const int64_t n = t < 16 ? rows[15 - t] : rows[random_below(16)];
@@ -367,18 +380,15 @@ static void check_q4_products(int64_t random_cases) {
             bs *= 2;
         for (int kind = 0; kind < X_KINDS; kind++) {
             check_q4_linear("linear", &q4->linear, false, m, n, k, bs, kind);
-            check_q4_linear("linear_bf16", &q4->linear_bf16, q4->linear_bf16.run != q4->linear.run,
-                            m, n, k, bs, kind);
+            check_q4_linear("linear_bf16", &q4->linear_bf16, rounds, m, n, k, bs, kind);
         }
         const int64_t k0 = 32 * random_below(k / 32), most = k - k0 < 256 ? k - k0 : 256;
         check_q4_backward(m, 1 + random_below(150), k, bs, k0,
                           t % 2 ? most : 2 + 2 * random_below(most / 2));
     }
     check_q4_linear("linear", &q4->linear, false, 3, 64, 4096, 4096, X_ONE_HOT);
-    check_q4_linear("linear_bf16", &q4->linear_bf16, q4->linear_bf16.run != q4->linear.run, 48, 64,
-                    4096, 64, X_NORMAL);
-    check_q4_linear("linear_bf16", &q4->linear_bf16, q4->linear_bf16.run != q4->linear.run,
-                    BNBQ_TILE_M, 40, 160, 32, X_NORMAL);
+    check_q4_linear("linear_bf16", &q4->linear_bf16, rounds, 48, 64, 4096, 64, X_NORMAL);
+    check_q4_linear("linear_bf16", &q4->linear_bf16, rounds, BNBQ_TILE_M, 40, 160, 32, X_NORMAL);
     check_q4_linear("linear", &q4->linear, false, BNBQ_TILE_M, 40, 160, 32, X_NORMAL);
     check_q4_backward(BNBQ_TILE_M, 33, 512, 64, 256, 256);
 }
@@ -393,16 +403,14 @@ static void check_s8_codes(void) {
         CASE("s8 quantize count %" PRId64 " threshold %g kind %d", count, (double)threshold, kind);
         float *x = FLOATS(IN, count);
         for (int64_t i = 0; i < count; i++) {
-            if (kind == 0)
-                x[i] = normal() * 3;
-            else if (kind == 1) /* ties: scale 1 */
-                x[i] = i == 0 ? 127.0f : (float)(random_below(255) - 127) + 0.5f;
-            else if (kind == 2)
-                x[i] = i % 2 ? -0.0f : 0.0f;
-            else if (kind == 3)
-                x[i] = ldexpf(uniform(), (int)random_below(276) - 149);
-            else
-                x[i] = ldexpf(uniform(), -120 - (int)random_below(20));
+            const float kinds[5] = {
+                normal() * 3,
+                i == 0 ? 127.0f : (float)(random_below(255) - 127) + 0.5f, /* ties: scale 1 */
+                i % 2 ? -0.0f : 0.0f,
+                ldexpf(uniform(), (int)random_below(276) - 149),
+                ldexpf(uniform(), -120 - (int)random_below(20)),
+            };
+            x[i] = kinds[kind];
             if (kind == 0 && random_below(40) == 0) {
                 static const float odd[] = {NAN, INFINITY, -INFINITY, 6.0f, -6.0f, 1e38f};
                 x[i] = odd[random_below(6)];
@@ -455,36 +463,18 @@ static void check_s8_linear(int64_t m, int64_t rows, int64_t k, int kind) {
 static void check_s8_backward(int64_t m, int64_t n, int64_t cols) {
     CASE("s8 backward m %" PRId64 " n %" PRId64 " cols %" PRId64, m, n, cols);
     const int64_t ldg = n + random_below(3), ldw = cols + random_below(20);
-    const int64_t ldgx = cols + random_below(3) * 7, last = (m - 1) * ldgx + cols;
-    float *gy = FLOATS(IN, (m - 1) * ldg + n);
-    int8_t *w = BYTES(W, (n - 1) * ldw + cols);
-    for (int64_t i = 0; i < (m - 1) * ldg + n; i++)
-        gy[i] = normal();
-    for (int64_t i = 0; i < (n - 1) * ldw + cols; i++)
-        w[i] = (int8_t)random_bits();
-    float *gx = guarded(OUT, (size_t)last * 4, 64);
-    s8->backward(gy, ldg, m, w, ldw, n, cols, gx, ldgx,
-                 guarded(SCRATCH, BNBQ_BACKWARD_SCRATCH, 64));
-    check_canaries();
-    for (int64_t j = 0; j < last; j++) {
-        const int64_t i = j / ldgx, c = j % ldgx;
-        if (c >= cols) {
-            if (bnbq_bits(gx[j]) != 0xffffffff)
-                fail("wrote between the rows of gx");
-            continue;
-        }
-        double sum = 0, size = 0;
-        for (int64_t r = 0; r < n; r++) {
-            sum += (double)gy[i * ldg + r] * w[r * ldw + c];
-            size += fabs((double)gy[i * ldg + r] * w[r * ldw + c]);
-        }
-        if (!(fabs(gx[j] - sum) <= (double)(n + 2) * 0x1p-24 * size))
-            fail("gx[%" PRId64 ", %" PRId64 "] = %.9g, want %.9g", i, c, (double)gx[j], sum);
-    }
+    const int64_t ldgx = cols + random_below(3) * 7, size = (n - 1) * ldw + cols;
+    int8_t *w = BYTES(W, size);
+    float *dense = FLOATS(WANT, size), *gy = gradient((m - 1) * ldg + n);
+    for (int64_t i = 0; i < size; i++)
+        dense[i] = w[i] = (int8_t)random_bits();
+    float *gx = guarded(OUT, (size_t)((m - 1) * ldgx + cols) * 4, 64);
+    s8->backward(gy, ldg, m, w, ldw, n, cols, gx, ldgx, backward_scratch());
+    check_gradient(gx, ldgx, m, cols, gy, ldg, n, dense, ldw);
     const int64_t i = random_below(m), from = cols / 3;
     float *alone = guarded(ALONE, (size_t)(cols - from) * 4, 64);
     s8->backward(gy + i * ldg, ldg, 1, w + from, ldw, n, cols - from, alone, cols - from,
-                 guarded(SCRATCH, BNBQ_BACKWARD_SCRATCH, 64));
+                 backward_scratch());
     same("gx of one row, cut elsewhere", alone, gx + i * ldgx + from, (size_t)(cols - from) * 4);
     check_canaries();
 }
@@ -504,6 +494,30 @@ static void check_s8_products(int64_t random_cases) {
     check_s8_backward(BNBQ_TILE_M, 40, 256);
 }
 
+/* (2^24 + 1) - 2^24 is 0 in fp32 and 1 in any other order: sums go over n in ascending order. */
+static void check_ascending(void) {
+    enum { N = 130, COLS = 64 };
+    float *gy = FLOATS(IN, N), *absmax = FLOATS(SCALES, N);
+    uint8_t *ones = memset(BYTES(W, N * COLS / 2), 0xff, N * COLS / 2); /* nf4's last value is 1 */
+    int8_t *codes = memset(BYTES(IN2, N * COLS), 1, N * COLS);
+    for (int r = 0; r < N; r++)
+        absmax[r] = 1.0f;
+    const bnbq_q4_rows w = {ones, absmax, bnbq_formats[0].codebook, COLS, COLS};
+    for (int first = 0; first + 2 < N; first++) {
+        CASE("order of sums, from row %d", first);
+        for (int r = 0; r < N; r++)
+            gy[r] = r == first ? 0x1p24f : r == first + 1 ? 1.0f : r == first + 2 ? -0x1p24f : 0.0f;
+        float *gx = guarded(OUT, COLS * 4, 64);
+        q4->backward(gy, N, 1, &w, N, 0, COLS, gx, COLS, backward_scratch());
+        float *gx8 = guarded(OUT2, COLS * 4, 64);
+        s8->backward(gy, N, 1, codes, COLS, N, COLS, gx8, COLS, backward_scratch());
+        for (int c = 0; c < COLS; c++)
+            if (gx[c] != 0.0f || gx8[c] != 0.0f)
+                fail("q4 gives %g and s8 %g, want 0", (double)gx[c], (double)gx8[c]);
+        check_canaries();
+    }
+}
+
 int main(int argc, char **argv) {
     state = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
     const int64_t random_cases = argc > 2 ? strtoll(argv[2], NULL, 10) : 150;
@@ -519,6 +533,7 @@ int main(int argc, char **argv) {
     check_q4_products(random_cases);
     check_s8_codes();
     check_s8_products(random_cases);
+    check_ascending();
     printf("q4 %s (needs %#x), s8 %s (needs %#x): %" PRId64 " cases equal scalar\n", q4->isa,
            q4->needs, s8->isa, s8->needs, cases);
     return 0;

@@ -59,18 +59,26 @@ def run(command, **options):
     return result.stdout + result.stderr
 
 
+compiled = {}
+
+
+def compile_object(folder, compiler, source, flags):
+    """Each file is compiled once for all tests that link it the same way."""
+    key = (folder, compiler, source, *flags)
+    if key not in compiled:
+        target = folder / f"{len(compiled)}-{source.stem}.o"
+        run([compiler, *FLAGS, *flags, "-c", source, "-o", target])
+        compiled[key] = target
+    return compiled[key]
+
+
 def build(folder, name, files, q4, s8, compiler=CC, extra=(), sources=()):
     """checkasm for tables `q4` and `s8`; `files` are kernel files with their flags. Returns the program."""
-    objects = []
-    for stem, flags in {**SCALAR, **files}.items():
-        source = KERNELS / f"{stem}.c"
-        if not source.exists():
-            pytest.skip(f"no {source.name} in this source tree")
-        objects.append(folder / f"{name}-{stem}.o")
-        run([compiler, *FLAGS, *flags, "-c", source, "-o", objects[-1]])
-    for source, flags in sources:
-        objects.append(folder / f"{name}-{source.stem}.o")
-        run([compiler, *FLAGS, *flags, "-c", source, "-o", objects[-1]])
+    for stem in files:
+        if not (KERNELS / f"{stem}.c").exists():
+            pytest.skip(f"no {stem}.c in this source tree")
+    sources = [*((KERNELS / f"{stem}.c", flags) for stem, flags in {**SCALAR, **files}.items()), *sources]
+    objects = [compile_object(folder, compiler, source, flags) for source, flags in sources]
     program = folder / name
     run([compiler, *FLAGS, "-O2", f"-DCHECK_Q4=bnbq_{q4}", f"-DCHECK_S8=bnbq_{s8}", *extra, TESTS / "checkasm.c",
          KERNELS.parent / "formats.c", *objects, "-lm", "-o", program])
@@ -131,7 +139,8 @@ def test_amx_machine_code(amx_program):
 def test_amx_files_use_the_tile_instructions(amx_program):
     skip_unless_found("objdump")
     for stem, product in (("q4_amx", "tdpbf16ps"), ("s8_amx", "tdpbssd")):
-        code = run(["objdump", "-d", amx_program.parent / f"amx-{stem}.o"])
+        target = compile_object(amx_program.parent, CC, KERNELS / f"{stem}.c", BF16 + AMX)
+        code = run(["objdump", "-d", target])
         for instruction in (product, "ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tilestored"):
             assert instruction in code, f"{instruction} is not in {stem}"
 
@@ -158,5 +167,5 @@ def test_neon(folder):
         qemu = "qemu-aarch64" if shutil.which("qemu-aarch64") else "qemu-aarch64-static"
         skip_unless_found(CROSS_CC, qemu)
         program = build(folder, "neon", files, "q4_neon", "s8_neon", compiler=CROSS_CC, extra=["-static"])
-        command = [qemu, program, 1, 90]
+        command = [qemu, program, 1, 60]  # a seed, and fewer random cases
     assert "q4 neon" in run(command)

@@ -194,12 +194,12 @@ def test_strides_and_leading_dimensions(isa):
             assert torch.equal(call(view), call(dense)) and call(view).shape == (*view.shape[:-1], 40)
 
 
-@pytest.mark.parametrize("m,n,k", [(0, 8, 64), (3, 0, 64), (0, 0, 64)])
+@pytest.mark.parametrize("m,n,k", [(0, 8, 64), (3, 0, 64), (0, 0, 64), (3, 8, 0), (3, 0, 0)])
 def test_empty(m, n, k, isa):
     parts = ops.quantize_4bit(torch.zeros(n, k))
     q, absmax = ops.quantize_8bit(torch.zeros(n, k))
     x = torch.ones(m, k)
-    assert ops.linear4bit(x, parts.qweight, parts.absmax, n).shape == (m, n)
-    assert ops.linear8bitlt(x, q, absmax).shape == (m, n)
+    assert ops.linear4bit(x, parts.qweight, parts.absmax, n).tolist() == [[0.0] * n] * m
+    assert ops.linear8bitlt(x, q, absmax).tolist() == [[0.0] * n] * m
     assert ops.linear4bit_backward(torch.ones(m, n), parts.qweight, parts.absmax, k).tolist() == [[0.0] * k] * m
     assert ops.linear8bitlt_backward(torch.ones(m, n), q, absmax).tolist() == [[0.0] * k] * m

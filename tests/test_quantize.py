@@ -74,10 +74,18 @@ def test_dequantised_values_round_once_to_the_output_dtype(out, isa):
 def test_double_quantisation_bytes(count, isa):
     absmax = np.abs(weight(1, count)[0]) + np.float32(0.01)
     absmax[0] = 0
-    for got, want in zip(ops.quantize_absmax(absmax), ref.quantize_absmax(absmax)):
+    for got, want in zip(ops.quantize_absmax(absmax), ref.quantize_absmax(absmax), strict=True):
         assert np.array_equal(got, want)
     parts = ref.quantize_absmax(absmax)
     assert np.array_equal(ops.dequantize_absmax(*parts), ref.dequantize_absmax(*parts))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_scales_are_refused(bad):
+    absmax = np.ones(300, np.float32)
+    absmax[270] = bad
+    with pytest.raises(ValueError, match="absmax has a NaN or an Inf"):
+        ops.quantize_absmax(absmax)
 
 
 @pytest.mark.parametrize("blocksize", (0, 32, 64, 4096))
@@ -122,4 +130,4 @@ def test_bytes_do_not_depend_on_threads():
         results.append(ops.quantize_4bit(w, double_quant=True))
     _bnbq.set_thread_limit(0)
     for other in results[1:]:
-        assert all(np.array_equal(a, b) for a, b in zip(results[0], other))
+        assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -20,8 +20,7 @@ static void widen_edge_scalar(const void *src, bnbq_dtype dtype, int64_t count, 
         for (int64_t i = 0; i < count; i++)
             dst[i] = bnbq_f16_to_f32(halves[i]);
         break;
-    default:
-        memcpy(dst, src, (size_t)count * sizeof *dst);
+    default: memcpy(dst, src, (size_t)count * sizeof *dst);
     }
 }
 
@@ -36,8 +35,7 @@ static void narrow_edge_scalar(const float *src, int64_t count, bnbq_dtype dtype
         for (int64_t i = 0; i < count; i++)
             halves[i] = bnbq_f32_to_f16(src[i]);
         break;
-    default:
-        memcpy(dst, src, (size_t)count * sizeof *src);
+    default: memcpy(dst, src, (size_t)count * sizeof *src);
     }
 }
 

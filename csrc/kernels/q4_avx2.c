@@ -1,14 +1,21 @@
 /* q4_avx2.c - the 4-bit family on AVX2 and FMA: Haswell and later, Zen and later.
  *
- * Exact fp32: a weight is codebook[code] * absmax rounded once, as dequantize gives it. A register
- * holds half the codebook; both halves are multiplied by the absmax of a block once, looked up by
- * vpermps (which uses three bits of each index) and blended by the fourth. Four bytes broadcast to
- * all lanes and a shift by lane give eight codes in their natural order, so x is packed as it is.
+ * Exact fp32: a weight is codebook[code] * absmax rounded once, as dequantize gives it.
  *
- * Forward: up to GEMV_ROWS rows of x use each decoded vector at once; for more, chunks of W are
+ * Forward: the codebook is kept as four tables of 16 bytes, one for each byte of the fp32 values.
+ * vpshufb looks 32 codes up in each, and interleaving the four results makes 32 values. It leaves
+ * the columns of 64 in an order of its own, in which x is packed once; the weight is never
+ * rearranged. Up to GEMV_ROWS rows of x use each decoded vector at once; for more, chunks of W are
  * decoded to L1 (blocking.h).
  *
+ * Natural order (dequantise, backward): a register holds half the codebook, scaled; four packed
+ * bytes are broadcast, each lane shifts its own code up, vpermps looks three bits of it up in both
+ * halves and the fourth, the sign bit by then, blends. In the forward pass it was slower (Zen 4:
+ * m = 1 1.37 ms against 1.17), and vpermps is slower still on earlier Zen.
+ *
  * Source: encoding is a binary search (Knuth 6.2.1) whose loads are blends and permutes.
+ * History, 4096 x 4096 nf4, one hyperthread of a busy Zen 4 core, weights from DRAM: m = 1 1.2 ms,
+ * 4 2.1, 16 6.6, 64 22, 256 87 (the FMA units allow 73).
  */
 #include "../kernels.h"
 #include "backward_avx2.h"
@@ -21,8 +28,9 @@
 #endif
 
 enum {
-    GROUP = 32,                          /* columns decoded together: the smallest block */
+    GROUP = 64,                          /* columns decoded together */
     CHUNK = PIECE_BYTES / sizeof(float), /* columns per partial sum */
+    BATCH = 4096,                        /* columns quantised together: the largest block */
     GEMV_ROWS = 4,                       /* rows of x that decode W directly, at most */
 };
 
@@ -71,27 +79,41 @@ static inline float greatest_of(__m256 x) {
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 
+/* absmax of each block, and what to multiply the block with. */
+static void scales_of(const float *w, int64_t blocks, int64_t blocksize, float *absmax,
+                      float *inverse) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    for (int64_t b = 0; b < blocks; b++, w += blocksize) {
+        __m256 max0 = _mm256_setzero_ps(), max1 = max0;
+        for (int64_t i = 0; i < blocksize; i += 16) {
+            max0 = _mm256_max_ps(max0, _mm256_andnot_ps(sign, _mm256_loadu_ps(w + i)));
+            max1 = _mm256_max_ps(max1, _mm256_andnot_ps(sign, _mm256_loadu_ps(w + i + 8)));
+        }
+        absmax[b] = greatest_of(_mm256_max_ps(max0, max1));
+        inverse[b] = 1.0f / (absmax[b] > tiny ? absmax[b] : tiny);
+    }
+}
+
 static void quantize_q4_avx2(const float *w, int64_t count, const bnbq_format *format,
                              int64_t blocksize, uint8_t *qweight, float *absmax) {
     assert(count >= 1 && bnbq_valid_blocksize(blocksize));
     const search s = make_search(format->thresholds);
-    const __m256i order = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)format->order));
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    int64_t start = 0;
-    for (; start + blocksize <= count; start += blocksize) {
-        __m256 max0 = _mm256_setzero_ps(), max1 = max0;
-        for (int64_t i = start; i < start + blocksize; i += 16) {
-            max0 = _mm256_max_ps(max0, _mm256_andnot_ps(sign, _mm256_loadu_ps(w + i)));
-            max1 = _mm256_max_ps(max1, _mm256_andnot_ps(sign, _mm256_loadu_ps(w + i + 8)));
-        }
-        float greatest = greatest_of(_mm256_max_ps(max0, max1));
-        __m256 inverse = _mm256_set1_ps(1.0f / (greatest > tiny ? greatest : tiny));
-        *absmax++ = greatest;
-        for (int64_t i = start; i < start + blocksize; i += 32) {
+    const __m128i codes = _mm_loadu_si128((const __m128i *)format->order);
+    const __m256i order = _mm256_broadcastsi128_si256(codes);
+    /* In batches that stay in L1, so that no encoding waits for its own block's absmax. */
+    float inverse[BATCH / 32];
+    const int64_t whole = count - count % blocksize;
+    const int shift = log2_of(blocksize);
+    for (int64_t start = 0; start < whole; start += BATCH) {
+        int64_t end = whole - start < BATCH ? whole : start + BATCH;
+        scales_of(w + start, (end - start) / blocksize, blocksize, absmax + start / blocksize,
+                  inverse);
+        for (int64_t i = start; i < end; i += 32) {
+            __m256 scale = _mm256_set1_ps(inverse[(i - start) >> shift]);
             __m256i n[4];
 #pragma GCC unroll 4
             for (int v = 0; v < 4; v++)
-                n[v] = count8(_mm256_mul_ps(_mm256_loadu_ps(w + i + 8 * v), inverse), &s);
+                n[v] = count8(_mm256_mul_ps(_mm256_loadu_ps(w + i + 8 * v), scale), &s);
             /* To bytes, to codes, pairs of codes to bytes (high nibble first). Packing goes by
              * 128-bit lanes: each holds four codes of every vector. */
             __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(n[0], n[1]),
@@ -104,9 +126,9 @@ static void quantize_q4_avx2(const float *w, int64_t count, const bnbq_format *f
         }
     }
     /* The short block at the end of a weight has its own rule (it is divided, not multiplied). */
-    if (start < count)
-        bnbq_q4_scalar.quantize(w + start, count - start, format, blocksize, qweight + start / 2,
-                                absmax);
+    if (whole < count)
+        bnbq_q4_scalar.quantize(w + whole, count - whole, format, blocksize, qweight + whole / 2,
+                                absmax + whole / blocksize);
 }
 
 typedef struct table {
@@ -124,8 +146,8 @@ BNBQ_INLINE __m256 decode8(const uint8_t *q, table t) {
     int32_t bytes;
     memcpy(&bytes, q, 4);
     /* Code i to the top of lane i: its first bit is the sign that the blend looks at. */
-    __m256i top = _mm256_sllv_epi32(_mm256_set1_epi32(bytes),
-                                    _mm256_setr_epi32(24, 28, 16, 20, 8, 12, 0, 4));
+    __m256i top =
+        _mm256_sllv_epi32(_mm256_set1_epi32(bytes), _mm256_setr_epi32(24, 28, 16, 20, 8, 12, 0, 4));
     __m256i index = _mm256_srli_epi32(top, 28);
     __m256 low = _mm256_permutevar8x32_ps(t.low, index);
     __m256 high = _mm256_permutevar8x32_ps(t.high, index);
@@ -166,12 +188,71 @@ static size_t scratch_bytes_q4_avx2(int64_t m, int64_t k) {
     return blocked_scratch_bytes(m);
 }
 
+/* Vector 4h + v of a group of 64 columns holds, for the 16 bytes of each 128-bit lane, the low
+ * (h = 0) or high nibbles of bytes 4v .. 4v+3: the order in which bytes are interleaved below. A
+ * last group of 32 columns is filled up with zeros. */
 static void pack_q4_avx2(const float *x, int64_t i, int64_t m, int64_t k, void *packed) {
     assert(i >= 0 && i < m && m <= BNBQ_TILE_M && k % 32 == 0);
-    for (int64_t c = 0; c < k; c += CHUNK) {
-        int64_t cols = k - c < CHUNK ? k - c : CHUNK;
-        memcpy((float *)packed + c * m + i * CHUNK, x + c, (size_t)cols * sizeof *x);
+    for (int64_t c = 0; c < k; c += GROUP) {
+        float *out = (float *)packed + (c / CHUNK * m + i) * CHUNK + c % CHUNK;
+        for (int v = 0; v < 4; v++) {
+            const float *from = x + c + 8 * v;
+            bool whole = k - c >= GROUP;
+            __m256 low = _mm256_loadu_ps(from);
+            __m256 high = whole ? _mm256_loadu_ps(from + 32) : _mm256_setzero_ps();
+            __m256 a = _mm256_permute2f128_ps(low, high, 0x20);
+            __m256 b = _mm256_permute2f128_ps(low, high, 0x31);
+            _mm256_store_ps(out + 8 * v, _mm256_shuffle_ps(a, b, 0xdd));
+            _mm256_store_ps(out + 8 * v + 32, _mm256_shuffle_ps(a, b, 0x88));
+        }
     }
+}
+
+/* The codebook as four tables of bytes, for vpshufb. */
+typedef struct planes {
+    __m256i plane[4];
+} planes;
+
+static inline planes planes_of(const float *codebook) {
+    planes p;
+    for (int b = 0; b < 4; b++) {
+        uint8_t bytes[16];
+        for (int i = 0; i < 16; i++)
+            bytes[i] = ((const uint8_t *)codebook)[4 * i + b];
+        p.plane[b] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
+    }
+    return p;
+}
+
+/* Four vectors of codebook values: the low (h = 0) or high nibbles of 32 bytes. */
+BNBQ_INLINE void look_up(__m256i codes, int h, const planes *p, __m256 w[4]) {
+    codes = _mm256_and_si256(h ? _mm256_srli_epi16(codes, 4) : codes, _mm256_set1_epi8(15));
+    __m256i b0 = _mm256_shuffle_epi8(p->plane[0], codes);
+    __m256i b1 = _mm256_shuffle_epi8(p->plane[1], codes);
+    __m256i b2 = _mm256_shuffle_epi8(p->plane[2], codes);
+    __m256i b3 = _mm256_shuffle_epi8(p->plane[3], codes);
+    __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
+    __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
+    w[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0));
+    w[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
+    w[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
+    w[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
+}
+
+/* Codes and scales of a group of 64 columns, of which `left` are in the row. Each 128-bit lane is
+ * 32 columns: narrow blocks, of 32, have two scales (the second one may be past the row). */
+BNBQ_INLINE __m256 scale_of(const float *absmax, int64_t col, int shift, const bool narrow,
+                            int64_t left) {
+    if (!narrow)
+        return _mm256_broadcast_ss(absmax + (col >> shift));
+    float first = absmax[col / 32], second = left > 32 ? absmax[col / 32 + 1] : 0.0f;
+    return _mm256_set_m128(_mm_set1_ps(second), _mm_set1_ps(first));
+}
+
+BNBQ_INLINE __m256i codes_of(const uint8_t *q, const bool narrow, int64_t left) {
+    if (narrow && left <= 32)
+        return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)q));
+    return _mm256_loadu_si256((const __m256i *)q);
 }
 
 /* The sums over the lanes of four vectors. One order for all: lanes 0+2 and 1+3 of each 128 bits,
@@ -197,108 +278,114 @@ BNBQ_INLINE void put4(float *y, __m128 sums, int64_t ws, bool first) {
         y[r] = first ? s[r] : y[r] + s[r];
 }
 
-/* sum[s][i] = stream s of W . row i of x, over cols columns (<= CHUNK) from column col. The
- * streams are consecutive rows, or (along) consecutive chunks of one row with one row of x; several
- * of them hide the latency of the one chain of FMAs that each result is. */
-BNBQ_INLINE void dots(const int streams, const int xs, const bool along, const bnbq_q4_rows *w,
-                      int64_t row, int64_t col, int64_t cols, const float *x, int64_t ahead,
-                      __m256 sum[4][GEMV_ROWS]) {
+/* sum[r][i] = row + r of W . row i of x, over cols columns (<= CHUNK) from column col. Each is one
+ * chain of FMAs, so several rows of W are needed to hide their latency. */
+BNBQ_INLINE void dots(const int ws, const int xs, const bool narrow, const bnbq_q4_rows *w,
+                      const planes *p, int64_t row, int64_t col, int64_t cols, const float *x,
+                      int64_t ahead, __m256 sum[4][GEMV_ROWS]) {
     const int64_t row_bytes = w->k / 2, blocks = w->k / w->blocksize;
     const uint8_t *q = w->qweight + row * row_bytes + col / 2;
     const float *absmax = w->absmax + row * blocks;
     const int shift = log2_of(w->blocksize);
-    const int64_t q_stride = along ? CHUNK / 2 : row_bytes, x_stride = along ? CHUNK : 0;
 #pragma GCC unroll 4
-    for (int s = 0; s < streams; s++)
+    for (int r = 0; r < 4; r++)
 #pragma GCC unroll 4
         for (int i = 0; i < xs; i++)
-            sum[s][i] = _mm256_setzero_ps();
+            sum[r][i] = _mm256_setzero_ps();
     for (int64_t c = 0; c < cols; c += GROUP) {
-        for (int b = 0; b < streams * GROUP / 2; b += 64)
-            _mm_prefetch((const char *)q + ahead + c / 2 * streams + b, _MM_HINT_T0);
+        for (int b = 0; b < ws * GROUP / 2; b += 64)
+            _mm_prefetch((const char *)q + ahead + c / 2 * ws + b, _MM_HINT_T0);
 #pragma GCC unroll 4
-        for (int s = 0; s < streams; s++) {
-            const float *a = absmax + (along ? 0 : s * blocks);
-            const int64_t at = col + c + (along ? s * CHUNK : 0);
-            const table t = scaled(w->codebook, a[at >> shift]);
+        for (int r = 0; r < ws; r++) {
+            const __m256 scale = scale_of(absmax + r * blocks, col + c, shift, narrow, cols - c);
+            const __m256i codes = codes_of(q + r * row_bytes + c / 2, narrow, cols - c);
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                __m256 v[4];
+                look_up(codes, h, p, v);
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                __m256 v = decode8(q + s * q_stride + c / 2 + 4 * j, t);
+                for (int j = 0; j < 4; j++) {
+                    v[j] = _mm256_mul_ps(v[j], scale);
 #pragma GCC unroll 4
-                for (int i = 0; i < xs; i++) {
-                    const float *at_x = x + i * CHUNK + s * x_stride + c + 8 * j;
-                    sum[s][i] = _mm256_fmadd_ps(v, _mm256_loadu_ps(at_x), sum[s][i]);
+                    for (int i = 0; i < xs; i++) {
+                        __m256 xv = _mm256_load_ps(x + i * CHUNK + c + 32 * h + 8 * j);
+                        sum[r][i] = _mm256_fmadd_ps(v[j], xv, sum[r][i]);
+                    }
                 }
             }
         }
     }
 }
 
-/* Bytes from what is read to what is prefetched when one row is read from end to end. */
-enum { AHEAD = 3072 };
-
-static void gemv1(const float *x, const bnbq_q4_rows *w, int64_t rows, float *y) {
+BNBQ_INLINE void gemv(const int xs, const bool narrow, const float *x, const bnbq_q4_rows *w,
+                      int64_t rows, float *y, int64_t ldy) {
+    const int together = xs == 1 ? 4 : 2; /* rows of W: what the registers hold */
+    const planes p = planes_of(w->codebook);
     __m256 sum[4][GEMV_ROWS];
-    const __m256 zero = _mm256_setzero_ps();
-    for (int64_t n = 0; n < rows; n++) {
-        float total = 0.0f, sums[4];
-        for (int64_t col = 0; col < w->k;) {
-            int streams = 1;
-            int64_t left = w->k - col, cols = left < CHUNK ? left : CHUNK;
-            if (left >= 4 * CHUNK) {
-                streams = 4;
-                dots(4, 1, true, w, n, col, CHUNK, x + col, AHEAD, sum);
-                _mm_storeu_ps(sums, sum4(sum[0][0], sum[1][0], sum[2][0], sum[3][0]));
-            } else {
-                dots(1, 1, true, w, n, col, cols, x + col, AHEAD, sum);
-                _mm_storeu_ps(sums, sum4(sum[0][0], zero, zero, zero));
-            }
-            for (int s = 0; s < streams; s++, col += CHUNK)
-                total = col == 0 ? sums[s] : total + sums[s];
+    for (int64_t n = 0, ws; n < rows; n += ws) {
+        ws = rows - n < together ? 1 : together;
+        for (int64_t col = 0; col < w->k; col += CHUNK) {
+            int64_t cols = w->k - col < CHUNK ? w->k - col : CHUNK;
+            /* Prefetch the next rows, in the order in which they lie. */
+            int64_t ahead = (ws * w->k + (ws - 1) * col) / 2;
+            if (ws == together)
+                dots(together, xs, narrow, w, &p, n, col, cols, x + col * xs, ahead, sum);
+            else
+                dots(1, xs, narrow, w, &p, n, col, cols, x + col * xs, ahead, sum);
+#pragma GCC unroll 4
+            for (int i = 0; i < xs; i++)
+                put4(y + i * ldy + n, sum4(sum[0][i], sum[1][i], sum[2][i], sum[3][i]), ws,
+                     col == 0);
         }
-        y[n] = total;
     }
 }
 
-BNBQ_INLINE void gemv(const int xs, const float *x, const bnbq_q4_rows *w, int64_t rows, float *y,
-                      int64_t ldy) {
-    enum { STREAMS = 2 }; /* and 4 rows of x: 8 sums of 16 registers */
-    __m256 sum[4][GEMV_ROWS];
-    const __m256 zero = _mm256_setzero_ps();
-    int64_t n = 0;
-    for (; n + STREAMS <= rows; n += STREAMS)
-        for (int64_t col = 0; col < w->k; col += CHUNK) {
-            int64_t cols = w->k - col < CHUNK ? w->k - col : CHUNK;
-            /* The next rows, in the order in which they lie. */
-            int64_t ahead = STREAMS * w->k / 2 + (STREAMS - 1) * col / 2;
-            dots(STREAMS, xs, false, w, n, col, cols, x + col * xs, ahead, sum);
-            for (int i = 0; i < xs; i++)
-                put4(y + i * ldy + n, sum4(sum[0][i], sum[1][i], zero, zero), STREAMS, col == 0);
-        }
-    for (; n < rows; n++)
-        for (int64_t col = 0; col < w->k; col += CHUNK) {
-            int64_t cols = w->k - col < CHUNK ? w->k - col : CHUNK;
-            dots(1, xs, false, w, n, col, cols, x + col * xs, AHEAD, sum);
-            for (int i = 0; i < xs; i++)
-                put4(y + i * ldy + n, sum4(sum[0][i], zero, zero, zero), 1, col == 0);
-        }
-}
+/* Functions of their own: in one large one, gcc 12 spills inside the loops. */
+#define GEMV(xs)                                                                                   \
+    __attribute__((noinline)) static void gemv##xs(const float *x, const bnbq_q4_rows *w,          \
+                                                   int64_t rows, float *y, int64_t ldy) {          \
+        if (w->blocksize == 32)                                                                    \
+            gemv(xs, true, x, w, rows, y, ldy);                                                    \
+        else                                                                                       \
+            gemv(xs, false, x, w, rows, y, ldy);                                                   \
+    }
 
-static void prepare(const void *weight, int64_t row, int64_t count, int64_t col, int64_t cols,
-                    uint8_t *dst) {
-    const bnbq_q4_rows *w = weight;
+GEMV(1)
+GEMV(2)
+GEMV(3)
+GEMV(4)
+
+BNBQ_INLINE void decode_rows(const bool narrow, const bnbq_q4_rows *w, int64_t row, int64_t ws,
+                             int64_t col, int64_t cols, uint8_t *dst) {
+    const planes p = planes_of(w->codebook);
     const int shift = log2_of(w->blocksize);
-    for (int64_t r = 0; r < count; r++) {
+    for (int64_t r = 0; r < ws; r++) {
         const uint8_t *q = w->qweight + (row + r) * (w->k / 2) + col / 2;
         const float *absmax = w->absmax + (row + r) * (w->k / w->blocksize);
         float *out = (float *)(dst + r * PIECE_BYTES);
         for (int64_t c = 0; c < cols; c += GROUP) {
-            _mm_prefetch((const char *)q + c / 2 + W_BLOCK * (w->k / 2), _MM_HINT_T0);
-            decode(q + c / 2, GROUP, scaled(w->codebook, absmax[(col + c) >> shift]), out + c);
+            _mm_prefetch((const char *)q + c / 2 + W_GROUP * (w->k / 2), _MM_HINT_T0);
+            const __m256 scale = scale_of(absmax, col + c, shift, narrow, cols - c);
+            const __m256i codes = codes_of(q + c / 2, narrow, cols - c);
+            for (int h = 0; h < 2; h++) {
+                __m256 v[4];
+                look_up(codes, h, &p, v);
+                for (int j = 0; j < 4; j++)
+                    _mm256_store_ps(out + c + 32 * h + 8 * j, _mm256_mul_ps(v[j], scale));
+            }
         }
     }
-    for (int64_t r = count; r % W_GROUP != 0; r++)
+    for (int64_t r = ws; r < W_GROUP; r++)
         memset(dst + r * PIECE_BYTES, 0, PIECE_BYTES);
+}
+
+static void prepare(const void *weight, int64_t row, int64_t ws, int64_t col, int64_t cols,
+                    uint8_t *dst) {
+    const bnbq_q4_rows *w = weight;
+    if (w->blocksize == 32)
+        decode_rows(true, w, row, ws, col, cols, dst);
+    else
+        decode_rows(false, w, row, ws, col, cols, dst);
 }
 
 /* Four rows of W times up to three of x: 12 accumulators. */
@@ -331,6 +418,7 @@ BNBQ_INLINE void multiply(const int xs, const float *x, const float *w, int64_t 
 static void multiply_any(int64_t xs, const uint8_t *x_piece, const uint8_t *w_piece, int64_t cols,
                          int64_t ws, int first, void *y, int64_t ldy) {
     const float *x = (const float *)x_piece, *w = (const float *)w_piece;
+    cols = (cols + GROUP - 1) / GROUP * GROUP;
     switch (xs) {
     case 1: multiply(1, x, w, cols, ws, first, y, ldy); break;
     case 2: multiply(2, x, w, cols, ws, first, y, ldy); break;
@@ -343,14 +431,22 @@ static void linear_q4_avx2(const void *packed, int64_t m, const bnbq_q4_rows *w,
     assert(m >= 1 && m <= BNBQ_TILE_M && rows >= 1 && rows <= BNBQ_TILE_N);
     assert(w->k % 32 == 0 && w->k % w->blocksize == 0 && ldy >= rows);
     switch (m) {
-    case 1: gemv1(packed, w, rows, y); return;
-    case 2: gemv(2, packed, w, rows, y, ldy); return;
-    case 3: gemv(3, packed, w, rows, y, ldy); return;
-    case 4: gemv(4, packed, w, rows, y, ldy); return;
+    case 1: gemv1(packed, w, rows, y, ldy); return;
+    case 2: gemv2(packed, w, rows, y, ldy); return;
+    case 3: gemv3(packed, w, rows, y, ldy); return;
+    case 4: gemv4(packed, w, rows, y, ldy); return;
     }
     const blocked_product product = {
-        .packed = packed, .m = m, .rows = rows, .k = w->k, .ldy = ldy, .chunk = CHUNK,
-        .x_group = 3, .w = w, .prepare = prepare, .multiply = multiply_any,
+        .packed = packed,
+        .m = m,
+        .rows = rows,
+        .k = w->k,
+        .ldy = ldy,
+        .chunk = CHUNK,
+        .x_group = 3,
+        .w = w,
+        .prepare = prepare,
+        .multiply = multiply_any,
     };
     run_blocked(product, y, scratch);
 }
@@ -366,18 +462,19 @@ static void backward_q4_avx2(const float *gy, int64_t ldg, int64_t m, const bnbq
         int64_t rows = n - n0 < BACKWARD_ROWS ? n - n0 : BACKWARD_ROWS;
         for (int64_t r = 0; r < rows; r++) {
             const uint8_t *q = w->qweight + ((n0 + r) * w->k + k0) / 2;
+            for (int64_t b = 0; b < cols / 2; b += 64)
+                _mm_prefetch((const char *)q + BACKWARD_ROWS * w->k / 2 + b, _MM_HINT_T0);
             const float *absmax = w->absmax + (n0 + r) * (w->k / w->blocksize);
             float *out = (float *)scratch + r * BACKWARD_PANEL;
-            for (int64_t c = 0; c < cols; c += GROUP, out += BACKWARD_PANEL * BACKWARD_ROWS) {
+            for (int64_t c = 0; c < cols;
+                 c += BACKWARD_PANEL, out += BACKWARD_PANEL * BACKWARD_ROWS) {
                 table t = scaled(w->codebook, absmax[(k0 + c) >> shift]);
-                decode(q + c / 2, cols - c < GROUP ? cols - c : GROUP, t, out);
+                decode(q + c / 2, cols - c < BACKWARD_PANEL ? cols - c : BACKWARD_PANEL, t, out);
             }
         }
         backward_rows(gy + n0, ldg, m, scratch, rows, cols, n0 == 0, gx, ldgx);
     }
 }
-
-_Static_assert((int)GROUP == (int)BACKWARD_PANEL, "a group is a row of a panel");
 
 const bnbq_q4_kernels bnbq_q4_avx2 = {
     .isa = "avx2",

@@ -12,6 +12,10 @@
  * Sources: the word trick and the order of prefetches are from measured bare loops (4096 x 4096,
  * one thread of a Sapphire Rapids: m = 1 0.62 ms where memory allows 0.45; weights in bf16 or
  * vdpbf16ps gained nothing). Encoding is a binary search (Knuth 6.2.1) with permutes as loads.
+ * History, 4096 x 4096 nf4, one hyperthread of a busy Zen 4 core (one FMA of 512 bits per cycle),
+ * weights from DRAM: m = 1 0.67 ms, 4 1.5, 16 5.8, 64 20, 256 83 (the FMA unit allows 73).
+ * Multiplications instead of shifts (vpmulhuw) were slower there; four rows of W at a time beat
+ * four pieces of one row, by a third where x[k] exceeds L1.
  */
 #include "../kernels.h"
 #include "backward_avx512.h"
@@ -25,9 +29,10 @@
 #endif
 
 enum {
-    GROUP = 64,                             /* columns decoded together */
-    CHUNK = PIECE_BYTES / sizeof(float),    /* columns per partial sum */
-    GEMV_ROWS = 4,                          /* rows of x that decode W directly, at most */
+    GROUP = 64,                          /* columns decoded together */
+    CHUNK = PIECE_BYTES / sizeof(float), /* columns per partial sum */
+    BATCH = 4096,                        /* columns quantised together: the largest block */
+    GEMV_ROWS = 4,                       /* rows of x that decode W directly, at most */
 };
 
 static inline int log2_of(int64_t blocksize) {
@@ -58,7 +63,7 @@ static search make_search(const bnbq_format *format) {
 static inline __m512i encode16(__m512 x, const search *s) {
     x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(1.0f)), _mm512_set1_ps(-1.0f));
     __mmask16 above = _mm512_cmp_ps_mask(s->middle, x, _CMP_LT_OQ);
-    __m512i below = _mm512_maskz_set1_epi32(above, 8);
+    __m512i below = _mm512_maskz_mov_epi32(above, _mm512_set1_epi32(8));
     above = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(below, s->step4), x, _CMP_LT_OQ);
     below = _mm512_mask_or_epi32(below, above, below, _mm512_set1_epi32(4));
     above = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(below, s->step2), x, _CMP_LT_OQ);
@@ -68,41 +73,55 @@ static inline __m512i encode16(__m512 x, const search *s) {
     return _mm512_permutexvar_epi32(below, s->order);
 }
 
+/* absmax of each block, and what to multiply the block with. */
+static void scales_of(const float *w, int64_t blocks, int64_t blocksize, float *absmax,
+                      float *inverse) {
+    for (int64_t b = 0; b < blocks; b++, w += blocksize) {
+        __m512 max0 = _mm512_setzero_ps(), max1 = max0;
+        for (int64_t i = 0; i < blocksize; i += 32) {
+            max0 = _mm512_max_ps(max0, _mm512_abs_ps(_mm512_loadu_ps(w + i)));
+            max1 = _mm512_max_ps(max1, _mm512_abs_ps(_mm512_loadu_ps(w + i + 16)));
+        }
+        absmax[b] = _mm512_reduce_max_ps(_mm512_max_ps(max0, max1));
+        inverse[b] = 1.0f / (absmax[b] > tiny ? absmax[b] : tiny);
+    }
+}
+
 static void quantize_q4_avx512(const float *w, int64_t count, const bnbq_format *format,
                                int64_t blocksize, uint8_t *qweight, float *absmax) {
     assert(count >= 1 && bnbq_valid_blocksize(blocksize));
     const search s = make_search(format);
     const __m128i byte_order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    int64_t start = 0;
-    for (; start + blocksize <= count; start += blocksize) {
-        __m512 max0 = _mm512_setzero_ps(), max1 = max0;
-        for (int64_t i = start; i < start + blocksize; i += 32) {
-            max0 = _mm512_max_ps(max0, _mm512_abs_ps(_mm512_loadu_ps(w + i)));
-            max1 = _mm512_max_ps(max1, _mm512_abs_ps(_mm512_loadu_ps(w + i + 16)));
-        }
-        float greatest = _mm512_reduce_max_ps(_mm512_max_ps(max0, max1));
-        __m512 inverse = _mm512_set1_ps(1.0f / (greatest > tiny ? greatest : tiny));
-        *absmax++ = greatest;
-        for (int64_t i = start; i < start + blocksize; i += 32) {
-            __m512i a = encode16(_mm512_mul_ps(_mm512_loadu_ps(w + i), inverse), &s);
-            __m512i b = encode16(_mm512_mul_ps(_mm512_loadu_ps(w + i + 16), inverse), &s);
+    /* In batches that stay in L1, so that no encoding waits for its own block's absmax. */
+    float inverse[BATCH / 32];
+    const int64_t whole = count - count % blocksize;
+    const int shift = log2_of(blocksize);
+    for (int64_t start = 0; start < whole; start += BATCH) {
+        int64_t end = whole - start < BATCH ? whole : start + BATCH;
+        scales_of(w + start, (end - start) / blocksize, blocksize, absmax + start / blocksize,
+                  inverse);
+        for (int64_t i = start; i < end; i += 32) {
+            __m512 scale = _mm512_set1_ps(inverse[(i - start) >> shift]);
+            __m512i a = encode16(_mm512_mul_ps(_mm512_loadu_ps(w + i), scale), &s);
+            __m512i b = encode16(_mm512_mul_ps(_mm512_loadu_ps(w + i + 16), scale), &s);
             /* Pairs to bytes, high nibble first; packing went by 128-bit lanes. */
-            __m512i pairs = _mm512_madd_epi16(_mm512_packus_epi32(a, b),
-                                              _mm512_set1_epi32(1 << 16 | 16));
+            __m512i pairs =
+                _mm512_madd_epi16(_mm512_packus_epi32(a, b), _mm512_set1_epi32(1 << 16 | 16));
             __m128i bytes = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(pairs), byte_order);
             _mm_storeu_si128((__m128i *)(qweight + i / 2), bytes);
         }
     }
     /* The short block at the end of a weight has its own rule (it is divided, not multiplied). */
-    if (start < count)
-        bnbq_q4_scalar.quantize(w + start, count - start, format, blocksize, qweight + start / 2,
-                                absmax);
+    if (whole < count)
+        bnbq_q4_scalar.quantize(w + whole, count - whole, format, blocksize, qweight + whole / 2,
+                                absmax + whole / blocksize);
 }
 
 /* 16 packed bytes as 32 values in their natural order: each half of a register gets four bytes and
  * shifts its own code down. */
 BNBQ_INLINE void decode32(const uint8_t *q, __m512 table, float *w) {
-    const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+    const __m512i shifts =
+        _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
     for (int h = 0; h < 2; h++) {
         int32_t low, high;
         memcpy(&low, q + 8 * h, 4);
@@ -151,7 +170,8 @@ static size_t scratch_bytes_q4_avx512(int64_t m, int64_t k) {
  * is filled up with zeros. */
 static void pack_q4_avx512(const float *x, int64_t i, int64_t m, int64_t k, void *packed) {
     assert(i >= 0 && i < m && m <= BNBQ_TILE_M && k % 32 == 0);
-    const __m512i every4 = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i every4 =
+        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     static const int first[4] = {1, 0, 3, 2};
     for (int64_t c = 0; c < k; c += GROUP) {
         float *out = (float *)packed + (c / CHUNK * m + i) * CHUNK + c % CHUNK;
@@ -211,114 +231,78 @@ BNBQ_INLINE __m512 decode16(__m512i codes, int j, __m512 table, __m512 scale, co
     return narrow ? _mm512_mul_ps(w, scale) : w;
 }
 
-/* sum[s][i] = stream s of W . row i of x, over cols columns (<= CHUNK) from column col. The
- * streams are consecutive rows, or (along) consecutive chunks of one row with one row of x; several
- * of them hide the latency of the one chain of FMAs that each result is. */
-BNBQ_INLINE void dots(const int streams, const int xs, const bool along, const bool narrow,
-                      const bnbq_q4_rows *w, int64_t row, int64_t col, int64_t cols, const float *x,
-                      int64_t ahead, __m512 sum[4][GEMV_ROWS]) {
+/* sum[r][i] = row + r of W . row i of x, over cols columns (<= CHUNK) from column col. Each is one
+ * chain of FMAs, so several rows of W are needed to hide their latency. */
+BNBQ_INLINE void dots(const int ws, const int xs, const bool narrow, const bnbq_q4_rows *w,
+                      int64_t row, int64_t col, int64_t cols, const float *x, int64_t ahead,
+                      __m512 sum[4][GEMV_ROWS]) {
     const int64_t row_bytes = w->k / 2, blocks = w->k / w->blocksize;
     const uint8_t *q = w->qweight + row * row_bytes + col / 2;
     const float *absmax = w->absmax + row * blocks;
     const __m512 codebook = _mm512_loadu_ps(w->codebook);
     const int shift = log2_of(w->blocksize);
-    const int64_t q_stride = along ? CHUNK / 2 : row_bytes, x_stride = along ? CHUNK : 0;
-    for (int s = 0; s < streams; s++)
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
         for (int i = 0; i < xs; i++)
-            sum[s][i] = _mm512_setzero_ps();
+            sum[r][i] = _mm512_setzero_ps();
     for (int64_t c = 0; c < cols; c += GROUP) {
         __m512 table[4], scale[4];
         __m512i codes[4];
-        for (int b = 0; b < streams * GROUP / 2; b += 64)
-            _mm_prefetch((const char *)q + ahead + c / 2 * streams + b, _MM_HINT_T0);
+        for (int b = 0; b < ws * GROUP / 2; b += 64)
+            _mm_prefetch((const char *)q + ahead + c / 2 * ws + b, _MM_HINT_T0);
 #pragma GCC unroll 4
-        for (int s = 0; s < streams; s++) {
-            const float *a = absmax + (along ? 0 : s * blocks);
-            int64_t at = col + c + (along ? s * CHUNK : 0);
-            scale[s] = scale_of(a, at, shift, narrow, cols - c);
-            table[s] = narrow ? codebook : _mm512_mul_ps(codebook, scale[s]);
-            codes[s] = codes_of(q + s * q_stride + c / 2, narrow, cols - c);
+        for (int r = 0; r < ws; r++) {
+            scale[r] = scale_of(absmax + r * blocks, col + c, shift, narrow, cols - c);
+            table[r] = narrow ? codebook : _mm512_mul_ps(codebook, scale[r]);
+            codes[r] = codes_of(q + r * row_bytes + c / 2, narrow, cols - c);
         }
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
 #pragma GCC unroll 4
-            for (int s = 0; s < streams; s++) {
-                __m512 v = decode16(codes[s], j, table[s], scale[s], narrow);
+            for (int r = 0; r < ws; r++) {
+                __m512 v = decode16(codes[r], j, table[r], scale[r], narrow);
 #pragma GCC unroll 4
                 for (int i = 0; i < xs; i++) {
-                    const float *at = x + i * CHUNK + s * x_stride + c + 16 * j;
-                    sum[s][i] = _mm512_fmadd_ps(v, _mm512_loadu_ps(at), sum[s][i]);
+                    __m512 xv = _mm512_load_ps(x + i * CHUNK + c + 16 * j);
+                    sum[r][i] = _mm512_fmadd_ps(v, xv, sum[r][i]);
                 }
             }
         }
     }
 }
 
-/* Bytes from what is read to what is prefetched when one row is read from end to end. */
-enum { AHEAD = 3072 };
-
-BNBQ_INLINE void gemv1(const bool narrow, const float *x, const bnbq_q4_rows *w, int64_t rows,
-                       float *y) {
-    __m512 sum[4][GEMV_ROWS];
-    const __m512 zero = _mm512_setzero_ps();
-    for (int64_t n = 0; n < rows; n++) {
-        float total = 0.0f, sums[4];
-        for (int64_t col = 0; col < w->k;) {
-            int streams = 1;
-            int64_t left = w->k - col, cols = left < CHUNK ? left : CHUNK;
-            if (left >= 4 * CHUNK) {
-                streams = 4;
-                dots(4, 1, true, narrow, w, n, col, CHUNK, x + col, AHEAD, sum);
-                _mm_storeu_ps(sums, sum4(sum[0][0], sum[1][0], sum[2][0], sum[3][0]));
-            } else if (left >= 2 * CHUNK) {
-                streams = 2;
-                dots(2, 1, true, narrow, w, n, col, CHUNK, x + col, AHEAD, sum);
-                _mm_storeu_ps(sums, sum4(sum[0][0], sum[1][0], zero, zero));
-            } else {
-                dots(1, 1, true, narrow, w, n, col, cols, x + col, AHEAD, sum);
-                _mm_storeu_ps(sums, sum4(sum[0][0], zero, zero, zero));
-            }
-            for (int s = 0; s < streams; s++, col += CHUNK)
-                total = col == 0 ? sums[s] : total + sums[s];
-        }
-        y[n] = total;
-    }
-}
-
 BNBQ_INLINE void gemv(const int xs, const bool narrow, const float *x, const bnbq_q4_rows *w,
                       int64_t rows, float *y, int64_t ldy) {
     __m512 sum[4][GEMV_ROWS];
-    const __m512 zero = _mm512_setzero_ps();
-    int64_t n = 0;
-    for (; n + 4 <= rows; n += 4)
+    for (int64_t n = 0, ws; n < rows; n += ws) {
+        ws = rows - n < 4 ? 1 : 4;
         for (int64_t col = 0; col < w->k; col += CHUNK) {
             int64_t cols = w->k - col < CHUNK ? w->k - col : CHUNK;
-            /* The next four rows, in the order in which they lie. */
-            int64_t ahead = 2 * w->k + 3 * col / 2;
-            dots(4, xs, false, narrow, w, n, col, cols, x + col * xs, ahead, sum);
+            /* Prefetch the next rows, in the order in which they lie. */
+            int64_t ahead = (ws * w->k + (ws - 1) * col) / 2;
+            if (ws == 4)
+                dots(4, xs, narrow, w, n, col, cols, x + col * xs, ahead, sum);
+            else
+                dots(1, xs, narrow, w, n, col, cols, x + col * xs, ahead, sum);
+#pragma GCC unroll 4
             for (int i = 0; i < xs; i++)
-                put4(y + i * ldy + n, sum4(sum[0][i], sum[1][i], sum[2][i], sum[3][i]), 4,
+                put4(y + i * ldy + n, sum4(sum[0][i], sum[1][i], sum[2][i], sum[3][i]), ws,
                      col == 0);
         }
-    for (; n < rows; n++)
-        for (int64_t col = 0; col < w->k; col += CHUNK) {
-            int64_t cols = w->k - col < CHUNK ? w->k - col : CHUNK;
-            dots(1, xs, false, narrow, w, n, col, cols, x + col * xs, AHEAD, sum);
-            for (int i = 0; i < xs; i++)
-                put4(y + i * ldy + n, sum4(sum[0][i], zero, zero, zero), 1, col == 0);
-        }
+    }
 }
 
-BNBQ_INLINE void prepare(const bool narrow, const bnbq_q4_rows *w, int64_t row, int64_t count,
-                         int64_t col, int64_t cols, float *dst) {
+BNBQ_INLINE void decode_rows(const bool narrow, const bnbq_q4_rows *w, int64_t row, int64_t ws,
+                             int64_t col, int64_t cols, float *dst) {
     const __m512 codebook = _mm512_loadu_ps(w->codebook);
     const int shift = log2_of(w->blocksize);
-    for (int64_t r = 0; r < count; r++) {
+    for (int64_t r = 0; r < ws; r++) {
         const uint8_t *q = w->qweight + (row + r) * (w->k / 2) + col / 2;
         const float *absmax = w->absmax + (row + r) * (w->k / w->blocksize);
         float *out = dst + r * CHUNK;
         for (int64_t c = 0; c < cols; c += GROUP) {
-            _mm_prefetch((const char *)q + c / 2 + W_BLOCK * (w->k / 2), _MM_HINT_T0);
+            _mm_prefetch((const char *)q + c / 2 + W_GROUP * (w->k / 2), _MM_HINT_T0);
             __m512 scale = scale_of(absmax, col + c, shift, narrow, cols - c);
             __m512 table = narrow ? codebook : _mm512_mul_ps(codebook, scale);
             __m512i codes = codes_of(q + c / 2, narrow, cols - c);
@@ -327,18 +311,17 @@ BNBQ_INLINE void prepare(const bool narrow, const bnbq_q4_rows *w, int64_t row, 
                 _mm512_storeu_ps(out + c + 16 * j, decode16(codes, j, table, scale, narrow));
         }
     }
-    for (int64_t r = count; r % W_GROUP != 0; r++)
+    for (int64_t r = ws; r < W_GROUP; r++)
         memset(dst + r * CHUNK, 0, PIECE_BYTES);
 }
 
-static void prepare_wide(const void *w, int64_t row, int64_t count, int64_t col, int64_t cols,
-                         uint8_t *dst) {
-    prepare(false, w, row, count, col, cols, (float *)dst);
-}
-
-static void prepare_narrow(const void *w, int64_t row, int64_t count, int64_t col, int64_t cols,
-                           uint8_t *dst) {
-    prepare(true, w, row, count, col, cols, (float *)dst);
+static void prepare(const void *weight, int64_t row, int64_t ws, int64_t col, int64_t cols,
+                    uint8_t *dst) {
+    const bnbq_q4_rows *w = weight;
+    if (w->blocksize == 32)
+        decode_rows(true, w, row, ws, col, cols, (float *)dst);
+    else
+        decode_rows(false, w, row, ws, col, cols, (float *)dst);
 }
 
 /* Four rows of W times up to six of x: 24 accumulators. */
@@ -382,31 +365,42 @@ static void multiply_any(int64_t xs, const uint8_t *x_piece, const uint8_t *w_pi
     }
 }
 
-/* A function of its own for each m <= GEMV_ROWS and width of block, chosen here. */
-BNBQ_INLINE void linear(const bool narrow, const void *packed, int64_t m, const bnbq_q4_rows *w,
-                        int64_t rows, float *y, int64_t ldy, void *scratch) {
-    switch (m) {
-    case 1: gemv1(narrow, packed, w, rows, y); return;
-    case 2: gemv(2, narrow, packed, w, rows, y, ldy); return;
-    case 3: gemv(3, narrow, packed, w, rows, y, ldy); return;
-    case 4: gemv(4, narrow, packed, w, rows, y, ldy); return;
+/* A function of its own for each m and width of block, chosen here. */
+static void gemv_any(const float *x, int64_t m, const bnbq_q4_rows *w, int64_t rows, float *y,
+                     int64_t ldy) {
+    switch (m + (w->blocksize == 32 ? GEMV_ROWS : 0)) {
+    case 1: gemv(1, false, x, w, rows, y, ldy); break;
+    case 2: gemv(2, false, x, w, rows, y, ldy); break;
+    case 3: gemv(3, false, x, w, rows, y, ldy); break;
+    case 4: gemv(4, false, x, w, rows, y, ldy); break;
+    case 5: gemv(1, true, x, w, rows, y, ldy); break;
+    case 6: gemv(2, true, x, w, rows, y, ldy); break;
+    case 7: gemv(3, true, x, w, rows, y, ldy); break;
+    case 8: gemv(4, true, x, w, rows, y, ldy); break;
     }
-    const blocked_product product = {
-        .packed = packed, .m = m, .rows = rows, .k = w->k, .ldy = ldy, .chunk = CHUNK,
-        .x_group = 6, .w = w, .prepare = narrow ? prepare_narrow : prepare_wide,
-        .multiply = multiply_any,
-    };
-    run_blocked(product, y, scratch);
 }
 
 static void linear_q4_avx512(const void *packed, int64_t m, const bnbq_q4_rows *w, int64_t rows,
                              float *y, int64_t ldy, void *scratch) {
     assert(m >= 1 && m <= BNBQ_TILE_M && rows >= 1 && rows <= BNBQ_TILE_N);
     assert(w->k % 32 == 0 && w->k % w->blocksize == 0 && ldy >= rows);
-    if (w->blocksize == 32)
-        linear(true, packed, m, w, rows, y, ldy, scratch);
-    else
-        linear(false, packed, m, w, rows, y, ldy, scratch);
+    if (m <= GEMV_ROWS) {
+        gemv_any(packed, m, w, rows, y, ldy);
+        return;
+    }
+    const blocked_product product = {
+        .packed = packed,
+        .m = m,
+        .rows = rows,
+        .k = w->k,
+        .ldy = ldy,
+        .chunk = CHUNK,
+        .x_group = 6,
+        .w = w,
+        .prepare = prepare,
+        .multiply = multiply_any,
+    };
+    run_blocked(product, y, scratch);
 }
 
 /* ---------------------------------------------------------------- backward */
@@ -421,9 +415,12 @@ static void backward_q4_avx512(const float *gy, int64_t ldg, int64_t m, const bn
         int64_t rows = n - n0 < BACKWARD_ROWS ? n - n0 : BACKWARD_ROWS;
         for (int64_t r = 0; r < rows; r++) {
             const uint8_t *q = w->qweight + ((n0 + r) * w->k + k0) / 2;
+            for (int64_t b = 0; b < cols / 2; b += 64)
+                _mm_prefetch((const char *)q + BACKWARD_ROWS * w->k / 2 + b, _MM_HINT_T0);
             const float *absmax = w->absmax + (n0 + r) * (w->k / w->blocksize);
             for (int64_t c = 0; c < cols; c += 32) {
-                float *out = (float *)scratch + c / BACKWARD_PANEL * BACKWARD_PANEL * BACKWARD_ROWS +
+                float *out = (float *)scratch +
+                             c / BACKWARD_PANEL * BACKWARD_PANEL * BACKWARD_ROWS +
                              r * BACKWARD_PANEL + c % BACKWARD_PANEL;
                 __m512 scale = _mm512_set1_ps(absmax[(k0 + c) >> shift]);
                 __m512 table = _mm512_mul_ps(codebook, scale);

@@ -63,8 +63,8 @@ static int64_t quantize_s8_neon(const float *x, int64_t count, float threshold, 
         outliers += vaddvq_s32(dropped);
     }
     *absmax = vmaxvq_f32(greatest);
-    const float least = 1e-36f; /* 127 / 1e-36 is finite */
-    const float32x4_t scale = vdupq_n_f32(127.0f / (*absmax > least ? *absmax : least));
+    const float least = 1e-36f; /* 127 * (1 / 1e-36) is finite */
+    const float32x4_t scale = vdupq_n_f32(127.0f * (1.0f / (*absmax > least ? *absmax : least)));
     for (int64_t i = 0; i < whole; i += STEP)
         vst1q_s8(q + i, round16(x + i, limit, scale));
     if (whole < count) {

@@ -11,7 +11,7 @@
 #error "s8_scalar.c is baseline code: compile it without -mavx2 or -march"
 #endif
 
-/* Least divisor of a row: 127 / 1e-36 is finite. */
+/* Least divisor of a row: 127 * (1 / 1e-36) is finite. */
 static const float tiny = 1e-36f;
 
 /* Nearest integer, ties to even, for |x| < 2^22: the sum has no bits left below 1. */
@@ -35,7 +35,7 @@ static int64_t quantize_s8_scalar(const float *x, int64_t count, float threshold
         else if (fabsf(x[i]) > greatest)
             greatest = fabsf(x[i]);
     }
-    float scale = 127.0f / (greatest > tiny ? greatest : tiny);
+    float scale = 127.0f * (1.0f / (greatest > tiny ? greatest : tiny));
     for (int64_t i = 0; i < count; i++)
         q[i] = is_outlier(x[i], threshold) ? 0 : (int8_t)round_to_even(x[i] * scale);
     *absmax = greatest;

@@ -32,7 +32,7 @@ ABSMAX_BLOCK = 256
 TINY_4BIT = np.float32(1e-38)
 """Least divisor of a 4-bit block: keeps the reciprocal finite, as bitsandbytes does."""
 TINY_8BIT = np.float32(1e-36)
-"""Least divisor of an int8 row: 127 / 1e-36 is finite."""
+"""Least divisor of an int8 row: 127 * (1 / 1e-36) is finite."""
 INV127 = np.float32(1 / 127)
 
 
@@ -210,7 +210,8 @@ def quantize_rows(x: np.ndarray, outlier: np.ndarray | None = None):
     x = np.asarray(x, np.float32)
     x = np.where(outlier, np.float32(0), x) if outlier is not None else x
     absmax = np.abs(x).max(1, initial=0).astype(np.float32)
-    scale = np.float32(127) / np.maximum(absmax, TINY_8BIT)
+    # Not 127 / absmax, an ulp away at times: bitsandbytes' CPU code multiplies by the reciprocal.
+    scale = np.float32(127) * (np.float32(1) / np.maximum(absmax, TINY_8BIT))
     return np.rint(x * scale[:, None]).astype(np.int8), absmax
 
 

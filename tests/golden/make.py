@@ -10,9 +10,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from cases import formula  # noqa: E402
-
 from bnbq import reference as ref  # noqa: E402
+from cases import formula  # noqa: E402
 
 COUNT, SEED = 1351, 7  # odd, and not a multiple of any block size
 
