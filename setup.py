@@ -1,4 +1,4 @@
-"""Build of bnbq._bnbq. ISA_FILES is the build table: which source is compiled with which flags.
+"""Build of bnbq._bnbq. KERNELS is the build table: which source is compiled with which flags.
 
 Needs setuptools, numpy and a C11 compiler (gcc >= 11 or clang >= 12); no torch, no nvcc.
 Environment:
@@ -29,7 +29,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 VNNI = [*AVX512, "-mavx512vnni"]
 AMX = [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 
-ISA_FILES = {
+KERNELS = {
+    "any": {"edge_scalar": [], "q4_scalar": [], "s8_scalar": []},
     "x86_64": {
         "edge_avx2": AVX2,
         "q4_avx2": AVX2,
@@ -84,20 +85,19 @@ class BuildExt(build_ext):
 
         sanitize = os.environ.get("BNBQ_SANITIZE", "")
         debug = switch("BNBQ_DEBUG") or bool(sanitize)
-        common = FLAGS + (["-g", "-O1", f"-fsanitize={sanitize}"] if sanitize else ["-O3"])
-        common += [] if debug else ["-DNDEBUG"]
+        # After Python's own flags, which may say -DNDEBUG and -fwrapv: the latter hides overflows from UBSan.
+        common = FLAGS + (["-g", "-O1", "-fno-wrapv", f"-fsanitize={sanitize}"] if sanitize else ["-O3", "-g0"])
+        common += ["-UNDEBUG" if debug else "-DNDEBUG"]
         common += ["-Werror"] if switch("BNBQ_WERROR") else []
         version = self.distribution.get_version()
         binding = [f'-DBNBQ_VERSION="{version}"', f'-DBNBQ_SANITIZE="{sanitize}"', f"-I{numpy.get_include()}"]
         binding += ["-DPy_LIMITED_API=0x030A0000"] if LIMITED_API else []
 
         machine = subprocess.check_output([self.compiler.compiler_so[0], "-dumpmachine"], text=True).split("-")[0]
-        kernels = ISA_FILES.get({"arm64": "aarch64"}.get(machine, machine), {})
-        missing = [k for k in kernels if not (ROOT / f"csrc/kernels/{k}.c").exists()]
-        common += ["-DBNBQ_SCALAR_ONLY"] if missing or not kernels else []
-        flags = {f: common for f in sorted([*glob("csrc/*.c"), *glob("csrc/kernels/*_scalar.c")])}
-        flags |= {f: common + binding for f in sorted(glob("csrc/binding/*.c"))}
-        flags |= {f"csrc/kernels/{k}.c": common + own for k, own in kernels.items() if not missing}
+        kernels = KERNELS["any"] | KERNELS.get({"arm64": "aarch64"}.get(machine, machine), {})
+        flags = dict.fromkeys(sorted(glob("csrc/*.c")), common)
+        flags |= dict.fromkeys(sorted(glob("csrc/binding/*.c")), common + binding)
+        flags |= {f"csrc/kernels/{name}.c": common + own for name, own in kernels.items()}
         nvcc, cu_files = cuda_sources()
         flags |= {} if nvcc else {"cuda/stub.c": common}
 
@@ -105,24 +105,27 @@ class BuildExt(build_ext):
         newest = max(os.path.getmtime(h) for h in headers)
         jobs = [(lambda s=s, f=f: self.compile_c(s, f, newest)) for s, f in flags.items()]
         jobs += [(lambda s=s: self.compile_cuda(nvcc, s, newest)) for s in cu_files]
-        with ThreadPoolExecutor(int(os.environ.get("BNBQ_JOBS", 0)) or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(int(os.environ.get("BNBQ_JOBS") or os.cpu_count())) as pool:
             objects = [f.result() for f in [pool.submit(job) for job in jobs]]
 
-        ext.extra_link_args = ["-pthread"] + ([f"-fsanitize={sanitize}"] if sanitize else [])
-        if nvcc:
-            cuda_lib = Path(nvcc).resolve().parents[1] / "lib64"
-            ext.extra_link_args += [f"-L{cuda_lib}", "-lcudart_static", "-lstdc++", "-ldl", "-lrt"]
-        self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), libraries=self.get_libraries(ext),
-            extra_postargs=ext.extra_link_args, build_temp=self.build_temp, target_lang="c",
-        )
+        target = self.get_ext_fullpath(ext.name)
+        link = ["-pthread", *([f"-fsanitize={sanitize}"] if sanitize else [])]
+        if nvcc:  # knows where its static runtime is
+            self.mkpath(os.path.dirname(target))
+            host = [word for flag in link for word in ("-Xcompiler", flag)]
+            subprocess.check_call([nvcc, "-shared", "-cudart", "static", *host, *objects, "-ldl", "-o", target])
+        else:
+            self.compiler.link_shared_object(
+                objects, target, libraries=self.get_libraries(ext), extra_postargs=[*link, "-ldl"],
+                build_temp=self.build_temp, target_lang="c",
+            )
 
     def compile_c(self, source, flags, newest):
         try:
             return self.compile_one(source, flags, newest, lambda out: self.compiler.compile(
                 [source], output_dir=self.build_temp, include_dirs=["csrc", *self.include_dirs], extra_postargs=flags))
         except CompileError as error:
-            raise CompileError(f"{source} with {' '.join(flags)}: {error} (bnbq needs gcc >= 11 or clang >= 12)") from None
+            raise CompileError(f"{source}: {error} (bnbq needs gcc >= 11 or clang >= 12)") from None
 
     def compile_cuda(self, nvcc, source, newest):
         archs = os.environ.get("BNBQ_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";")
@@ -149,8 +152,10 @@ class BuildExt(build_ext):
 
 
 os.chdir(ROOT)
+c_files = [f for d in ("csrc", "cuda") for f in glob(f"{d}/**/*.[ch]*", recursive=True)]
 setup(
-    ext_modules=[Extension("bnbq._bnbq", sources=[], py_limited_api=LIMITED_API)],
+    # All of them: what an sdist must contain. What is compiled is decided above.
+    ext_modules=[Extension("bnbq._bnbq", sources=sorted(c_files), py_limited_api=LIMITED_API)],
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
 )

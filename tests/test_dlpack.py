@@ -1,14 +1,15 @@
 """How tensors come in: every producer, any strides, and nothing kept or written that should not be."""
 
+import subprocess
 import sys
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from cases import activations, weight
 
 from bnbq import _bnbq, ops
+from cases import activations, weight
 
 N, K = 12, 64
 QWEIGHT, ABSMAX = ops.quantize_4bit(weight(N, K))[:2]
@@ -147,6 +148,24 @@ def test_torch_tensors_are_not_kept():
     y = linear4bit(x, N, *map(torch.from_numpy, (QWEIGHT, ABSMAX)))
     del x
     assert dead() is None and type(y) is torch.Tensor
+
+
+def test_torch_without_the_exchange_api():
+    """torch before 2.10: tensors come through __dlpack__, results from new_empty."""
+    code = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+from bnbq import ops
+torch.manual_seed(0)
+packed = ops.quantize_4bit(torch.randn(8, 64), double_quant=True)
+x, bias = torch.nn.Parameter(torch.randn(2, 3, 64)), torch.zeros(8, dtype=torch.bfloat16, requires_grad=True)
+y = ops.linear4bit(x, *packed[:2], 8, bias, absmax2=packed[2], absmax_offset=packed[3])
+y.sum().backward()
+print(tuple(y.shape), tuple(x.grad.shape), bias.grad.tolist() == [6] * 8, tuple(ops.linear8bitlt(
+    x.detach().half(), *ops.quantize_8bit(torch.randn(8, 64))).shape))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "(2, 3, 8) (2, 3, 64) True (2, 3, 8)", run.stderr
 
 
 def test_parameters_and_tensors_with_history():

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import activations, weight
 
 from bnbq import _bnbq, ops
+from cases import activations, weight
 
 N, K = 6, 4096
 W, X, GY, BIAS = weight(N, K), activations(3, K), activations(3, N), activations(1, N)[0]
@@ -55,7 +55,7 @@ WRONG = [
      "linear4bit: qweight has shape (12288,), wanted 10240 bytes for a weight [n = 5, k = 4096]"),
     (lambda: linear4bit(out=np.empty((2, N), np.float32)), ValueError,
      "linear4bit: out has shape (2, 6), wanted the leading dimensions of x, (3, 4096)"),
-    (lambda: linear4bit(x=np.float32(1) * np.ones(())), ValueError, "linear4bit: x has shape (), wanted at least one dimension"),
+    (lambda: linear4bit(x=np.zeros((), np.float32)), ValueError, "linear4bit: x has shape (), wanted at least one dimension"),
     (lambda: linear4bit(bias=BIAS[:5]), ValueError, "linear4bit: bias has shape (5,), wanted (6,)"),
     (lambda: linear4bit(bias=BIAS.reshape(1, N)), ValueError, "linear4bit: bias has shape (1, 6), wanted (6,)"),
     (lambda: linear4bit(absmax=A[:, :-1].copy()), ValueError, "linear4bit: absmax has shape (6, 63), wanted 384 elements"),
@@ -137,7 +137,7 @@ def test_weights_that_are_not_finite(value, dtype):
     w[1, 3, 17] = w[1, 4, 0] = float(value)
     with pytest.raises(ValueError, match=re.escape(f"quantize_4bit: w has {value} at index (1, 3, 17)")):
         ops.quantize_4bit(w)
-    with pytest.raises(ValueError, match=re.escape(f"quantize_4bit: w has {value} at index (17, 3)")):
+    with pytest.raises(ValueError, match=re.escape(f"quantize_4bit: w has {value} at index (0, 4)")):
         ops.quantize_4bit(w[1].T)
     for blocksize in (0, 32):
         with pytest.raises(ValueError, match=re.escape(f"quantize_8bit: w has {value} at index (3, 17)")):
@@ -155,11 +155,11 @@ def test_failed_calls_change_no_output():
 
 
 def test_no_memory_is_an_exception():
-    x = np.broadcast_to(np.float32(1), (2**40, 2**12, K))
+    x = np.lib.stride_tricks.as_strided(X, (2**40, K), (0, 4))
     with pytest.raises(MemoryError):
         linear4bit(x)
-    with pytest.raises(RuntimeError, match=r"linear4bit: out cannot be allocated"):
-        linear4bit(torch.ones(1).expand(2**40, 2**12, K))
+    with pytest.raises((MemoryError, RuntimeError), match=r"linear4bit: out cannot be allocated"):
+        linear4bit(torch.ones(1).expand(2**40, K))
 
 
 def test_impossible_shapes():
@@ -201,7 +201,7 @@ def anything():
     tensors = [Q4, A, A4, A2, OFFSET, Q8, A8, X, GY, BIAS, W, FLAT4, FLAT_A]
     for array in list(tensors):
         tensors += [torch.from_numpy(array), array[::-1], array[..., ::2], array[:0], array.T, array.astype(np.float64)]
-        tensors += [np.broadcast_to(array[:1], (2**33, *array.shape[1:])), torch.nn.Parameter(torch.from_numpy(array), False)]
+        tensors += [np.broadcast_to(array[:1], (2**44, *array.shape[1:])), torch.nn.Parameter(torch.from_numpy(array), False)]
     return tensors + [
         None, True, 0, 1, -1, 64, K, N, 2**31, 2**63, -(2**63), 2**64, 2**100, 1.5, float("nan"), float("inf"), 1e308, "", "nf4",
         "fp4", "float32", "bfloat16", "x" * 1000, "\0", "\ud800", b"nf4", bytearray(4), memoryview(b"abcd"), (), [], {}, (1, 2),

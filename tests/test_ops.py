@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import activations, weight
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnbq import _bnbq, ops
 from bnbq import reference as ref
+from cases import activations, weight
 
 N, K = 33, 128
 KINDS = {"numpy": lambda a: a, "torch": lambda a: torch.from_numpy(a) if isinstance(a, np.ndarray) else a}
@@ -115,6 +115,31 @@ def test_quantising_a_parameter_gives_tensors_without_history(w):
     parameter = torch.nn.Parameter(torch.from_numpy(w))
     for tensor in (*ops.quantize_4bit(parameter, double_quant=True), *ops.quantize_8bit(parameter)):
         assert type(tensor) is torch.Tensor and not tensor.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (0, 0), (0,)], ids=str)
+def test_empty_weights(kind, shape):
+    w = kind(np.ones(shape, np.float32))
+    packed = ops.quantize_4bit(w, double_quant=True)
+    assert packed.qweight.shape[-1] == shape[-1] // 2 or len(packed.qweight.shape) == 1
+    assert tuple(ops.dequantize_absmax(*packed[1:]).shape) == tuple(packed.absmax.shape)
+    if len(shape) == 2:
+        assert tuple(ops.dequantize_4bit(*ops.quantize_4bit(w)[:2], shape).shape) == shape
+        for blocksize in (0, 64):
+            packed8 = ops.quantize_8bit(w, blocksize)
+            assert tuple(ops.dequantize_8bit(*packed8, blocksize=blocksize).shape) == shape
+
+
+@pytest.mark.parametrize("n, k", [(0, 64), (3, 0), (0, 0)])
+def test_linear_with_empty_weights(kind, n, k):
+    """Without columns the product is zero and the bias remains."""
+    w, x = kind(np.ones((n, k), np.float32)), kind(np.ones((2, k), np.float32))
+    bias, gy = kind(np.arange(n, dtype=np.float32)), kind(np.ones((2, n), np.float32))
+    packed4, packed8 = ops.quantize_4bit(w)[:2], ops.quantize_8bit(w)
+    for y in (ops.linear4bit(x, *packed4, n, bias), ops.linear8bitlt(x, *packed8, bias)):
+        assert np.array_equal(np.asarray(y), np.broadcast_to(np.arange(n), (2, n)))
+    for gx in (ops.linear4bit_backward(gy, *packed4, k), ops.linear8bitlt_backward(gy, *packed8)):
+        assert np.array_equal(np.asarray(gx), np.zeros((2, k)))
 
 
 # ------------------------------------------------------------------ forward
@@ -402,7 +427,7 @@ def test_export_keeps_the_operators(packed4, packed8):
 
 
 def operators(packed4, packed8):
-    x, gy, bias = torch.randn(3, K, requires_grad=True), torch.randn(3, N, requires_grad=True), torch.randn(N)
+    x, gy, bias = torch.randn(3, K), torch.randn(3, N), torch.randn(N)
     q4, a4, _ = packed4
     q8, a8, dense = packed8
     codes = ops.quantize_absmax(a4)
@@ -413,7 +438,7 @@ def operators(packed4, packed8):
         "dequantize_absmax": codes,
         "quantize_8bit": (dense, 32),
         "dequantize_8bit": (q8, a8, 0, torch.float16),
-        "linear4bit": (x, q4, *codes, bias.requires_grad_(), N, "nf4", 64, None),
+        "linear4bit": (x, q4, *codes, bias, N, "nf4", 64, None),
         "linear4bit_backward": (gy, q4, a4, None, None, K, "nf4", 64, "bfloat16"),
         "linear8bitlt": (x, q8, a8, None, 6.0, 0),
         "linear8bitlt_backward": (gy, q8, a8, 0),
@@ -458,6 +483,7 @@ def test_dispatch_modes_see_the_operators(layer):
     assert [name for name in seen if name.startswith("bnbq.linear")] and torch.equal(y, function(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_jit_trace_records_the_call(layer):
     function, _ = layer
     traced = torch.jit.trace(lambda x: function(x), torch.randn(2, K))
@@ -469,7 +495,7 @@ def test_plain_subclasses_and_negated_views(layer):
     class Named(torch.Tensor):
         pass
 
-    function, dense = layer
+    function, _ = layer
     x = torch.randn(2, K)
     y = function(x.as_subclass(Named))
     assert type(y) is Named and torch.equal(y.as_subclass(torch.Tensor), function(x))

@@ -88,8 +88,11 @@ static PyObject *set_isa(PyObject *module, PyObject *name) {
         PyErr_Format(PyExc_TypeError, "set_isa: name is %R, wanted a str", name);
         return NULL;
     }
-    const char *text = PyUnicode_AsUTF8AndSize(name, NULL);
-    PyErr_Clear();
+    Py_ssize_t size = 0;
+    const char *text = PyUnicode_AsUTF8AndSize(name, &size);
+    PyErr_Clear(); /* lone surrogates */
+    if (text != NULL && strlen(text) != (size_t)size)
+        text = NULL;
     return use_isa(module, text, "set_isa") ? none() : NULL;
 }
 

@@ -7,11 +7,9 @@
  */
 #include "ops.h"
 
-#include <stdarg.h>
-#include <string.h>
+#include "arguments.h"
 
-#include "formats.h"
-#include "kernels.h"
+#include <string.h>
 
 /* The GIL is kept for less work than this, in multiplications: some 2 us for a vector kernel.
  * Giving it up and taking it back costs 0.1 us alone, but up to 5 ms (sys.getswitchinterval) where
@@ -32,8 +30,6 @@ static double elements(const bnbq_arg *view) {
     return (double)view->count * PER_ELEMENT;
 }
 
-/* ------------------------------------------------------------------ arguments */
-
 static bool begin(bnbq_call *call, PyObject *module, const char *op, Py_ssize_t got,
                   Py_ssize_t wanted) {
     call->op = op;
@@ -44,194 +40,12 @@ static bool begin(bnbq_call *call, PyObject *module, const char *op, Py_ssize_t 
     return true;
 }
 
-static bool get_int(const bnbq_call *call, PyObject *object, const char *name, int64_t *value) {
-    if (!PyLong_Check(object) || PyBool_Check(object))
-        return bnbq_fail(call, PyExc_TypeError, "%s is %R, wanted an int", name, object);
-    int overflow;
-    *value = PyLong_AsLongLongAndOverflow(object, &overflow);
-    if (overflow != 0)
-        return bnbq_fail(call, PyExc_ValueError, "%s is %R, which is too large", name, object);
-    return true;
-}
-
-static bool get_blocksize(const bnbq_call *call, PyObject *object, bool zero, int64_t *value) {
-    if (!get_int(call, object, "blocksize", value))
-        return false;
-    if (bnbq_valid_blocksize(*value) || (zero && *value == 0))
-        return true;
-    return bnbq_fail(call, PyExc_ValueError,
-                     "blocksize is %R, wanted %s32, 64, 128, 256, 512, 1024, 2048 or 4096", object,
-                     zero ? "0 (one block per row), " : "");
-}
-
-static const bnbq_format *get_format(const bnbq_call *call, PyObject *object) {
-    if (!PyUnicode_Check(object)) {
-        bnbq_fail(call, PyExc_TypeError, "quant_type is %R, wanted a str", object);
-        return NULL;
-    }
-    const char *name = PyUnicode_AsUTF8AndSize(object, NULL);
-    if (name == NULL)
-        PyErr_Clear(); /* lone surrogates: no format has such a name */
-    const bnbq_format *format = name == NULL ? NULL : bnbq_find_format(name);
-    if (format == NULL) {
-        char known[64] = "";
-        for (int i = 0; i < BNBQ_FORMATS; i++) {
-            strcat(known, i == 0 ? "" : ", ");
-            strcat(known, bnbq_formats[i].name);
-        }
-        bnbq_fail(call, PyExc_ValueError, "quant_type is %R, wanted one of %s", object, known);
-    }
-    return format;
-}
-
-static bool get_compute_dtype(const bnbq_call *call, PyObject *object, bnbq_dtype other,
-                              bnbq_dtype *dtype) {
-    static const char *const names[] = {"float32", "bfloat16", "float16"};
-    *dtype = other;
-    if (object == Py_None)
-        return true;
-    if (!PyUnicode_Check(object))
-        return bnbq_fail(call, PyExc_TypeError, "compute_dtype is %R, wanted a str or None",
-                         object);
-    for (int i = BNBQ_F32; i <= BNBQ_F16; i++) {
-        if (PyUnicode_CompareWithASCIIString(object, names[i]) == 0) {
-            *dtype = (bnbq_dtype)i;
-            return true;
-        }
-    }
-    return bnbq_fail(call, PyExc_ValueError,
-                     "compute_dtype is %R, wanted 'float32', 'bfloat16', 'float16' or None",
-                     object);
-}
-
-static bool wrong_shape(const bnbq_call *call, const bnbq_arg *view, const char *wanted, ...) {
-    va_list arguments;
-    va_start(arguments, wanted);
-    PyObject *shape = bnbq_shape(view), *text = PyUnicode_FromFormatV(wanted, arguments);
-    va_end(arguments);
-    if (shape != NULL && text != NULL)
-        bnbq_fail(call, PyExc_ValueError, "%s has shape %S, wanted %U", view->name, shape, text);
-    Py_XDECREF(shape);
-    Py_XDECREF(text);
-    return false;
-}
-
-static bool expect_count(const bnbq_call *call, const bnbq_arg *view, int64_t count) {
-    if (view->count == count)
-        return true;
-    return wrong_shape(call, view, "%lld elements", (long long)count);
-}
-
-static int64_t ceil_div(int64_t count, int64_t step) {
-    return count / step + (count % step != 0);
-}
-
-/* n * k, which must be a possible number of elements. */
-static bool get_size(const bnbq_call *call, int64_t n, int64_t k, int64_t *size) {
-    if (!__builtin_mul_overflow(n, k, size))
-        return true;
-    return bnbq_fail(call, PyExc_ValueError, "a weight [n = %lld, k = %lld] is too large",
-                     (long long)n, (long long)k);
-}
-
-/* ------------------------------------------------------------------ weights */
-
-/* qweight, absmax, absmax2 | None, offset | None */
-typedef struct packed4 {
-    bnbq_arg *qweight, *absmax, *absmax2, *offset;
-} packed4;
-
-static bool view_scales(bnbq_call *call, PyObject *const *args, packed4 *packed) {
-    bool nested = args[1] != Py_None;
-    if (nested != (args[2] != Py_None))
-        return bnbq_fail(call, PyExc_TypeError, "%s is None and %s is not; wanted both or none",
-                         nested ? "absmax_offset" : "absmax2",
-                         nested ? "absmax2" : "absmax_offset");
-    packed->absmax = bnbq_packed_input(call, args[0], "absmax", nested ? BNBQ_IS_U8 : BNBQ_IS_F32);
-    packed->absmax2 = packed->offset = NULL;
-    if (packed->absmax == NULL || !nested)
-        return packed->absmax != NULL;
-    packed->absmax2 = bnbq_packed_input(call, args[1], "absmax2", BNBQ_IS_F32);
-    if (packed->absmax2 == NULL)
-        return false;
-    packed->offset = bnbq_packed_input(call, args[2], "absmax_offset", BNBQ_IS_F32);
-    return packed->offset != NULL;
-}
-
-static bool view_packed4(bnbq_call *call, PyObject *const *args, packed4 *packed) {
-    packed->qweight = bnbq_packed_input(call, args[0], "qweight", BNBQ_IS_U8);
-    return packed->qweight != NULL && view_scales(call, args + 1, packed);
-}
-
-static bool check_scales(const bnbq_call *call, const packed4 *packed, int64_t count,
-                         bnbq_absmax *absmax) {
-    *absmax = (bnbq_absmax){0};
-    if (!expect_count(call, packed->absmax, count))
-        return false;
-    if (packed->absmax2 == NULL) {
-        absmax->absmax = packed->absmax->dl.data;
-        return true;
-    }
-    if (!expect_count(call, packed->absmax2, ceil_div(count, BNBQ_ABSMAX_BLOCK)) ||
-        !expect_count(call, packed->offset, 1))
-        return false;
-    absmax->codes = packed->absmax->dl.data;
-    absmax->absmax2 = packed->absmax2->dl.data;
-    absmax->offset = packed->offset->dl.data;
-    return true;
-}
-
-/* The weight [n, k] that these tensors hold, or an error. `n_from` and `k_from` name the arguments
- * that n and k were read from. A matrix of bytes must be [n, k/2]; a vector or a single column
- * (bitsandbytes' shape) must have as many bytes. */
-static bool check_packed4(const bnbq_call *call, const packed4 *packed, const char *n_from,
-                          int64_t n, const char *k_from, int64_t k, const bnbq_format *format,
-                          int64_t blocksize, bnbq_weight4 *w) {
-    const DLTensor *q = &packed->qweight->dl;
-    if (n_from != NULL && q->ndim == 2 && q->shape[1] > 1) {
-        if (k != q->shape[1] * 2)
-            return bnbq_fail(call, PyExc_ValueError, "%s has %lld columns, the weight has k = %lld",
-                             k_from, (long long)k, (long long)q->shape[1] * 2);
-        if (n != q->shape[0])
-            return bnbq_fail(call, PyExc_ValueError, "%s has %lld columns, the weight has n = %lld",
-                             n_from, (long long)n, (long long)q->shape[0]);
-    }
-    int64_t size;
-    if (!get_size(call, n, k, &size))
-        return false;
-    if (packed->qweight->count != ceil_div(size, 2))
-        return wrong_shape(call, packed->qweight, "%lld bytes for a weight [n = %lld, k = %lld]",
-                           (long long)ceil_div(size, 2), (long long)n, (long long)k);
-    *w = (bnbq_weight4){
-        .qweight = q->data, .format = format, .n = n, .k = k, .blocksize = blocksize};
-    return check_scales(call, packed, ceil_div(size, blocksize), &w->absmax);
-}
-
-/* qweight i8[n, k], absmax f32[n] or f32[n, ceil(k / blocksize)] */
-static bool check_packed8(const bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
-                          int64_t blocksize, bnbq_weight8 *w) {
-    if (qweight->dl.ndim != 2)
-        return wrong_shape(call, qweight, "(n, k)");
-    int64_t n = qweight->dl.shape[0], k = qweight->dl.shape[1], count;
-    if (!get_size(call, n, blocksize == 0 ? 1 : ceil_div(k, blocksize), &count) ||
-        !expect_count(call, absmax, count))
-        return false;
-    *w = (bnbq_weight8){.qweight = qweight->dl.data,
-                        .absmax = absmax->dl.data,
-                        .n = n,
-                        .k = k,
-                        .blocksize = blocksize};
-    return true;
-}
-
-/* ------------------------------------------------------------------ activations */
-
 static int64_t columns(const bnbq_arg *view) {
     return view->dl.shape[view->dl.ndim - 1];
 }
 
 static bool has_columns(const bnbq_call *call, const bnbq_arg *view) {
-    return view->dl.ndim > 0 || wrong_shape(call, view, "at least one dimension");
+    return view->dl.ndim > 0 || bnbq_wrong_shape(call, view, "at least one dimension");
 }
 
 static bool same_rows(const bnbq_call *call, const bnbq_arg *x, const bnbq_arg *out) {
@@ -242,7 +56,7 @@ static bool same_rows(const bnbq_call *call, const bnbq_arg *x, const bnbq_arg *
         return true;
     PyObject *shape = bnbq_shape(x);
     if (shape != NULL)
-        wrong_shape(call, out, "the leading dimensions of %s, %S", x->name, shape);
+        bnbq_wrong_shape(call, out, "the leading dimensions of %s, %S", x->name, shape);
     Py_XDECREF(shape);
     return false;
 }
@@ -261,7 +75,7 @@ static bnbq_arg *view_result(bnbq_call *call, PyObject *object, PyObject *x_obje
         *result = none();
         return bnbq_output(call, object, "out", BNBQ_IS_FLOAT);
     }
-    if (!is_none && !get_int(call, object, "out", &width))
+    if (!is_none && !bnbq_get_int(call, object, "out", &width))
         return NULL;
     if (width < 0) {
         bnbq_fail(call, PyExc_ValueError, "out is %R, wanted at least 0 columns", object);
@@ -280,7 +94,7 @@ static bool view_bias(bnbq_call *call, PyObject *object, int64_t n, bnbq_tensor 
     if (view == NULL)
         return false;
     if (view->dl.ndim != 1 || view->count != n)
-        return wrong_shape(call, view, "(%lld,)", (long long)n);
+        return bnbq_wrong_shape(call, view, "(%lld,)", (long long)n);
     *bias = storage;
     return bnbq_rows(call, view, storage);
 }
@@ -288,6 +102,9 @@ static bool view_bias(bnbq_call *call, PyObject *object, int64_t n, bnbq_tensor 
 static PyObject *finish(bnbq_call *call, bnbq_status status, PyObject *result) {
     if (status == BNBQ_NO_MEMORY) {
         bnbq_fail(call, PyExc_MemoryError, "no memory for working space");
+        Py_CLEAR(result);
+    } else if (status == BNBQ_NOT_FINITE) { /* of a weight: with its index, before this */
+        bnbq_fail(call, PyExc_ValueError, "absmax has a NaN or an Inf, wanted finite scales");
         Py_CLEAR(result);
     }
     bnbq_release(call);
@@ -340,11 +157,11 @@ PyObject *bnbq_py_quantize_4bit(PyObject *module, PyObject *const *args, Py_ssiz
     if (!(w = bnbq_input(&call, args[0], "w", BNBQ_IS_FLOAT)) ||
         !(qweight = bnbq_packed_output(&call, args[1], "qweight", BNBQ_IS_U8)) ||
         !(absmax = bnbq_packed_output(&call, args[2], "absmax", BNBQ_IS_F32)) ||
-        !(format = get_format(&call, args[3])) ||
-        !get_blocksize(&call, args[4], false, &blocksize) ||
-        !expect_count(&call, qweight, ceil_div(w->count, 2)) ||
-        !expect_count(&call, absmax, ceil_div(w->count, blocksize)) || !bnbq_finish(&call) ||
-        !bnbq_rows(&call, w, &rows))
+        !(format = bnbq_get_format(&call, args[3])) ||
+        !bnbq_get_blocksize(&call, args[4], false, &blocksize) ||
+        !bnbq_expect_count(&call, qweight, bnbq_blocks(w->count, 2)) ||
+        !bnbq_expect_count(&call, absmax, bnbq_blocks(w->count, blocksize)) ||
+        !bnbq_finish(&call) || !bnbq_rows(&call, w, &rows))
         return abandon(&call, NULL);
     if (w->count > 0)
         RUN_WITHOUT_GIL(elements(w),
@@ -359,7 +176,7 @@ PyObject *bnbq_py_quantize_4bit(PyObject *module, PyObject *const *args, Py_ssiz
 
 PyObject *bnbq_py_dequantize_4bit(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     bnbq_call call;
-    packed4 packed;
+    bnbq_packed4 packed;
     bnbq_arg *out;
     const bnbq_format *format;
     int64_t blocksize;
@@ -369,12 +186,12 @@ PyObject *bnbq_py_dequantize_4bit(PyObject *module, PyObject *const *args, Py_ss
 
     if (!begin(&call, module, "dequantize_4bit", nargs, 7))
         return NULL;
-    if (!view_packed4(&call, args, &packed) ||
+    if (!bnbq_view_packed4(&call, args, &packed) ||
         !(out = bnbq_output(&call, args[4], "out", BNBQ_IS_FLOAT)) ||
-        !(format = get_format(&call, args[5])) ||
-        !get_blocksize(&call, args[6], false, &blocksize) || !has_columns(&call, out) ||
-        !check_packed4(&call, &packed, NULL, columns(out) == 0 ? 0 : out->count / columns(out),
-                       NULL, columns(out), format, blocksize, &w) ||
+        !(format = bnbq_get_format(&call, args[5])) ||
+        !bnbq_get_blocksize(&call, args[6], false, &blocksize) || !has_columns(&call, out) ||
+        !bnbq_check_packed4(&call, &packed, NULL, columns(out) == 0 ? 0 : out->count / columns(out),
+                            NULL, columns(out), format, blocksize, &w) ||
         !bnbq_finish(&call) || !bnbq_rows(&call, out, &rows))
         return abandon(&call, NULL);
     if (out->count > 0)
@@ -393,9 +210,9 @@ PyObject *bnbq_py_quantize_absmax(PyObject *module, PyObject *const *args, Py_ss
         !(codes = bnbq_packed_output(&call, args[1], "codes", BNBQ_IS_U8)) ||
         !(absmax2 = bnbq_packed_output(&call, args[2], "absmax2", BNBQ_IS_F32)) ||
         !(offset = bnbq_packed_output(&call, args[3], "absmax_offset", BNBQ_IS_F32)) ||
-        !expect_count(&call, codes, absmax->count) ||
-        !expect_count(&call, absmax2, ceil_div(absmax->count, BNBQ_ABSMAX_BLOCK)) ||
-        !expect_count(&call, offset, 1) || !bnbq_finish(&call))
+        !bnbq_expect_count(&call, codes, absmax->count) ||
+        !bnbq_expect_count(&call, absmax2, bnbq_blocks(absmax->count, BNBQ_ABSMAX_BLOCK)) ||
+        !bnbq_expect_count(&call, offset, 1) || !bnbq_finish(&call))
         return abandon(&call, NULL);
     RUN_WITHOUT_GIL(elements(absmax),
                     status = bnbq_quantize_absmax(absmax->dl.data, absmax->count, codes->dl.data,
@@ -405,7 +222,7 @@ PyObject *bnbq_py_quantize_absmax(PyObject *module, PyObject *const *args, Py_ss
 
 PyObject *bnbq_py_dequantize_absmax(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     bnbq_call call;
-    packed4 packed;
+    bnbq_packed4 packed;
     bnbq_arg *out;
     bnbq_absmax absmax;
 
@@ -418,10 +235,10 @@ PyObject *bnbq_py_dequantize_absmax(PyObject *module, PyObject *const *args, Py_
             return NULL;
         }
     }
-    if (!view_scales(&call, args, &packed) ||
+    if (!bnbq_view_scales(&call, args, &packed) ||
         !(out = bnbq_packed_output(&call, args[3], "out", BNBQ_IS_F32)) ||
-        !expect_count(&call, out, packed.absmax->count) ||
-        !check_scales(&call, &packed, packed.absmax->count, &absmax) || !bnbq_finish(&call))
+        !bnbq_expect_count(&call, out, packed.absmax->count) ||
+        !bnbq_check_scales(&call, &packed, packed.absmax->count, &absmax) || !bnbq_finish(&call))
         return abandon(&call, NULL);
     RUN_WITHOUT_GIL(elements(out), bnbq_load_absmax(&absmax, 0, out->count, out->dl.data));
     return finish(&call, BNBQ_OK, none());
@@ -429,7 +246,7 @@ PyObject *bnbq_py_dequantize_absmax(PyObject *module, PyObject *const *args, Py_
 
 PyObject *bnbq_py_linear4bit(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     bnbq_call call;
-    packed4 packed;
+    bnbq_packed4 packed;
     bnbq_arg *x, *out;
     const bnbq_format *format;
     bnbq_dtype compute;
@@ -442,13 +259,13 @@ PyObject *bnbq_py_linear4bit(PyObject *module, PyObject *const *args, Py_ssize_t
     if (!begin(&call, module, "linear4bit", nargs, 10))
         return NULL;
     if (!(x = bnbq_input(&call, args[0], "x", BNBQ_IS_FLOAT)) || !has_columns(&call, x) ||
-        !view_packed4(&call, args + 1, &packed) ||
+        !bnbq_view_packed4(&call, args + 1, &packed) ||
         !(out = view_result(&call, args[6], args[0], x, -1, &result)) ||
-        !same_rows(&call, x, out) || !(format = get_format(&call, args[7])) ||
-        !get_blocksize(&call, args[8], false, &blocksize) ||
-        !get_compute_dtype(&call, args[9], x->dtype, &compute) ||
-        !check_packed4(&call, &packed, "out", columns(out), "x", columns(x), format, blocksize,
-                       &w) ||
+        !same_rows(&call, x, out) || !(format = bnbq_get_format(&call, args[7])) ||
+        !bnbq_get_blocksize(&call, args[8], false, &blocksize) ||
+        !bnbq_get_compute_dtype(&call, args[9], x->dtype, &compute) ||
+        !bnbq_check_packed4(&call, &packed, "out", columns(out), "x", columns(x), format, blocksize,
+                            &w) ||
         !view_bias(&call, args[5], w.n, &bias_row, &bias) || !bnbq_finish(&call) ||
         !bnbq_rows(&call, x, &x_rows) || !bnbq_rows(&call, out, &out_rows))
         return abandon(&call, result);
@@ -460,7 +277,7 @@ PyObject *bnbq_py_linear4bit(PyObject *module, PyObject *const *args, Py_ssize_t
 
 PyObject *bnbq_py_linear4bit_backward(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     bnbq_call call;
-    packed4 packed;
+    bnbq_packed4 packed;
     bnbq_arg *gy, *out;
     const bnbq_format *format;
     bnbq_dtype compute;
@@ -473,13 +290,13 @@ PyObject *bnbq_py_linear4bit_backward(PyObject *module, PyObject *const *args, P
     if (!begin(&call, module, "linear4bit_backward", nargs, 9))
         return NULL;
     if (!(gy = bnbq_input(&call, args[0], "gy", BNBQ_IS_FLOAT)) || !has_columns(&call, gy) ||
-        !view_packed4(&call, args + 1, &packed) ||
+        !bnbq_view_packed4(&call, args + 1, &packed) ||
         !(out = view_result(&call, args[5], args[0], gy, -1, &result)) ||
-        !same_rows(&call, gy, out) || !(format = get_format(&call, args[6])) ||
-        !get_blocksize(&call, args[7], false, &blocksize) ||
-        !get_compute_dtype(&call, args[8], gy->dtype, &compute) ||
-        !check_packed4(&call, &packed, "gy", columns(gy), "out", columns(out), format, blocksize,
-                       &w) ||
+        !same_rows(&call, gy, out) || !(format = bnbq_get_format(&call, args[6])) ||
+        !bnbq_get_blocksize(&call, args[7], false, &blocksize) ||
+        !bnbq_get_compute_dtype(&call, args[8], gy->dtype, &compute) ||
+        !bnbq_check_packed4(&call, &packed, "gy", columns(gy), "out", columns(out), format,
+                            blocksize, &w) ||
         !bnbq_finish(&call) || !bnbq_rows(&call, gy, &gy_rows) || !bnbq_rows(&call, out, &out_rows))
         return abandon(&call, result);
     if (out->count > 0)
@@ -503,12 +320,12 @@ PyObject *bnbq_py_quantize_8bit(PyObject *module, PyObject *const *args, Py_ssiz
     if (!(w = bnbq_input(&call, args[0], "w", BNBQ_IS_FLOAT)) ||
         !(qweight = bnbq_packed_output(&call, args[1], "qweight", BNBQ_IS_I8)) ||
         !(absmax = bnbq_packed_output(&call, args[2], "absmax", BNBQ_IS_F32)) ||
-        !get_blocksize(&call, args[3], true, &blocksize) ||
-        !check_packed8(&call, qweight, absmax, blocksize, &packed))
+        !bnbq_get_blocksize(&call, args[3], true, &blocksize) ||
+        !bnbq_check_packed8(&call, qweight, absmax, blocksize, &packed))
         return abandon(&call, NULL);
     if (w->dl.ndim != 2 || w->dl.shape[0] != packed.n || w->dl.shape[1] != packed.k) {
-        wrong_shape(&call, w, "that of qweight, (%lld, %lld)", (long long)packed.n,
-                    (long long)packed.k);
+        bnbq_wrong_shape(&call, w, "that of qweight, (%lld, %lld)", (long long)packed.n,
+                         (long long)packed.k);
         return abandon(&call, NULL);
     }
     if (!bnbq_finish(&call) || !bnbq_rows(&call, w, &rows))
@@ -535,12 +352,12 @@ PyObject *bnbq_py_dequantize_8bit(PyObject *module, PyObject *const *args, Py_ss
     if (!(qweight = bnbq_packed_input(&call, args[0], "qweight", BNBQ_IS_I8)) ||
         !(absmax = bnbq_packed_input(&call, args[1], "absmax", BNBQ_IS_F32)) ||
         !(out = bnbq_output(&call, args[2], "out", BNBQ_IS_FLOAT)) ||
-        !get_blocksize(&call, args[3], true, &blocksize) ||
-        !check_packed8(&call, qweight, absmax, blocksize, &packed))
+        !bnbq_get_blocksize(&call, args[3], true, &blocksize) ||
+        !bnbq_check_packed8(&call, qweight, absmax, blocksize, &packed))
         return abandon(&call, NULL);
     if (out->dl.ndim != 2 || out->dl.shape[0] != packed.n || out->dl.shape[1] != packed.k) {
-        wrong_shape(&call, out, "that of qweight, (%lld, %lld)", (long long)packed.n,
-                    (long long)packed.k);
+        bnbq_wrong_shape(&call, out, "that of qweight, (%lld, %lld)", (long long)packed.n,
+                         (long long)packed.k);
         return abandon(&call, NULL);
     }
     if (!bnbq_finish(&call) || !bnbq_rows(&call, out, &rows))
@@ -575,8 +392,8 @@ PyObject *bnbq_py_linear8bitlt(PyObject *module, PyObject *const *args, Py_ssize
     if (!(x = bnbq_input(&call, args[0], "x", BNBQ_IS_FLOAT)) || !has_columns(&call, x) ||
         !(qweight = bnbq_packed_input(&call, args[1], "qweight", BNBQ_IS_I8)) ||
         !(absmax = bnbq_packed_input(&call, args[2], "absmax", BNBQ_IS_F32)) ||
-        !get_blocksize(&call, args[6], true, &blocksize) ||
-        !check_packed8(&call, qweight, absmax, blocksize, &w) ||
+        !bnbq_get_blocksize(&call, args[6], true, &blocksize) ||
+        !bnbq_check_packed8(&call, qweight, absmax, blocksize, &w) ||
         !(out = view_result(&call, args[4], args[0], x, w.n, &result)) || !same_rows(&call, x, out))
         return abandon(&call, result);
     if (columns(x) != w.k || columns(out) != w.n) {
@@ -609,8 +426,8 @@ PyObject *bnbq_py_linear8bitlt_backward(PyObject *module, PyObject *const *args,
     if (!(gy = bnbq_input(&call, args[0], "gy", BNBQ_IS_FLOAT)) || !has_columns(&call, gy) ||
         !(qweight = bnbq_packed_input(&call, args[1], "qweight", BNBQ_IS_I8)) ||
         !(absmax = bnbq_packed_input(&call, args[2], "absmax", BNBQ_IS_F32)) ||
-        !get_blocksize(&call, args[4], true, &blocksize) ||
-        !check_packed8(&call, qweight, absmax, blocksize, &w) ||
+        !bnbq_get_blocksize(&call, args[4], true, &blocksize) ||
+        !bnbq_check_packed8(&call, qweight, absmax, blocksize, &w) ||
         !(out = view_result(&call, args[3], args[0], gy, w.k, &result)) ||
         !same_rows(&call, gy, out))
         return abandon(&call, result);

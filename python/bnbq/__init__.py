@@ -21,6 +21,8 @@ _HOME = {
     "report": "bnbq.report",
     "explain": "bnbq.report",
     "get_memory_footprint": "bnbq.report",
+    "count_parameters": "bnbq.report",
+    "print_trainable_parameters": "bnbq.report",
     "from_pretrained": "bnbq.integrations.transformers",
     "prepare_model_for_kbit_training": "bnbq.integrations.peft",
     "load_and_quantize": "bnbq.integrations.accelerate",
@@ -41,6 +43,8 @@ def __getattr__(name):
 
         if find_spec("transformers") is not None:
             home = "bnbq.integrations.transformers"
+    if home.startswith("bnbq.integrations."):
+        import_module("transformers.quantizers")  # registers, and so imports ours at the right moment
     module = import_module(home)
     value = module if home == f"bnbq.{name}" and name != "report" else getattr(module, name)
     globals()[name] = value

@@ -229,8 +229,9 @@ def dequantize_8bit(qweight, absmax, *, blocksize: int = 0, dtype=None):
 def linear8bitlt(x, qweight, absmax, bias=None, *, threshold: float = 6.0, blocksize: int = 0):
     """LLM.int8(): y[..., n] = x[..., k] . W[n, k]^T + bias[n], in x's dtype.
 
-    Each row of x is quantised to int8 but for its elements of at least threshold (0: none), which
-    are multiplied as floats. Gradients are those of the dequantised weight.
+    Each row of x is quantised to int8. A column of x that holds an element of at least threshold (0: none) is
+    not: it is multiplied as floats in every row, or only in the rows that need it when `set_batch_invariant`
+    is on. Gradients are those of the dequantised weight.
     """
     torch_ops = _torch_ops(x)
     if torch_ops is not None:
@@ -248,5 +249,5 @@ def linear8bitlt_backward(gy, qweight, absmax, *, blocksize: int = 0):
     return _bnbq.linear8bitlt_backward(gy, qweight, absmax, None, blocksize)
 
 
-if "torch" in sys.modules:  # so that nothing is left to import when torch.compile traces a first call
-    from . import ops_torch as _ops_torch  # noqa: E402
+if sys.modules.get("torch") is not None:  # so that nothing is left to import when torch.compile traces a first call
+    from . import ops_torch as _ops_torch
