@@ -4,20 +4,28 @@ import copy
 import io
 import pickle
 import warnings
-from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 from torch import nn as torch_nn
 
-from bnbq import nn, reference as ref
+from bnbq import nn
+from bnbq import reference as ref
 
 N, K = 24, 128
-FOUR = [dict(quant_type=quant_type, double_quant=double) for quant_type in ("nf4", "fp4", "int4") for double in (False, True)]
+FOUR = [
+    {"quant_type": quant_type, "double_quant": double}
+    for quant_type in ("nf4", "fp4", "int4")
+    for double in (False, True)
+]
 SETTINGS = [(nn.Linear4bit, K, settings) for settings in FOUR] + [
-    (nn.Linear4bit, K, dict(blocksize=32)), (nn.Linear4bit, 100, dict(double_quant=True)), (nn.Linear4bit, 33, {}),
-    (nn.Linear8bitLt, K, {}), (nn.Linear8bitLt, 100, dict(blocksize=64)), (nn.Linear8bitLt, K, dict(threshold=0.0)),
+    (nn.Linear4bit, K, {"blocksize": 32}),
+    (nn.Linear4bit, 100, {"double_quant": True}),
+    (nn.Linear4bit, 33, {}),
+    (nn.Linear8bitLt, K, {}),
+    (nn.Linear8bitLt, 100, {"blocksize": 64}),
+    (nn.Linear8bitLt, K, {"threshold": 0.0}),
 ]
 
 
@@ -56,10 +64,14 @@ def specified_output(layer, x: torch.Tensor) -> np.ndarray:
 
 def close(a, b, dtype=torch.float32) -> bool:
     scale = np.abs(np.asarray(b)).max()
-    return np.abs(np.asarray(a, np.float64) - b).max() <= scale * {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    return (
+        np.abs(np.asarray(a, np.float64) - b).max()
+        <= scale * {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    )
 
 
 # ------------------------------------------------------------------ construction
+
 
 def test_tensors_are_plain_frozen_parameters(layer):
     assert isinstance(layer, torch_nn.Linear) and type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
@@ -83,8 +95,12 @@ def test_bytes_are_those_of_the_specification(layer):
         q, absmax = ref.quantize_4bit(dense.numpy(), layer.quant_type, layer.blocksize)
         if layer.double_quant:
             absmax, absmax2, offset = ref.quantize_absmax(absmax)
-            assert np.array_equal(layer.absmax2.numpy(), absmax2) and np.array_equal(layer.absmax_offset.numpy(), offset)
-    assert np.array_equal(layer.qweight.numpy().ravel(), q.ravel()) and np.array_equal(layer.absmax.numpy().ravel(), absmax.ravel())
+            assert np.array_equal(layer.absmax2.numpy(), absmax2) and np.array_equal(
+                layer.absmax_offset.numpy(), offset
+            )
+    assert np.array_equal(layer.qweight.numpy().ravel(), q.ravel()) and np.array_equal(
+        layer.absmax.numpy().ravel(), absmax.ravel()
+    )
 
 
 def test_initialised_as_nn_linear(layer):
@@ -110,12 +126,15 @@ def test_from_linear():
     layer = nn.Linear4bit.from_linear(linear, quant_type="fp4", compute_dtype="float32")
     assert layer.bias is linear.bias and not layer.training and layer.weight_dtype == torch.bfloat16
     assert layer.quant_type == "fp4" and layer.compute_dtype == torch.float32
-    assert torch.equal(before, linear.weight) and (layer.dequantize(torch.float32) - before.float()).norm() < 0.2 * before.float().norm()
+    assert (
+        torch.equal(before, linear.weight)
+        and (layer.dequantize(torch.float32) - before.float()).norm() < 0.2 * before.float().norm()
+    )
     assert nn.Linear4bit.from_linear(torch_nn.Linear(64, 8, bias=False)).bias is None
     assert nn.LinearNF4.from_linear(linear).quant_type == "nf4" and nn.LinearFP4(64, 8).quant_type == "fp4"
     assert nn.Linear8bitLt.from_linear(linear, threshold=3.0).threshold == 3.0
     assert nn.Linear4bit.from_linear(linear.to("meta")).qweight.is_meta
-    with pytest.raises(TypeError, match="Conv2d, expected nn.Linear or transformers' Conv1D"):
+    with pytest.raises(TypeError, match=r"Conv2d, expected nn.Linear or transformers' Conv1D"):
         nn.Linear4bit.from_linear(torch_nn.Conv2d(1, 1, 1))
 
 
@@ -131,7 +150,9 @@ def test_from_conv1d():
 def test_meta_layers_are_unfilled(layer):
     empty = type(layer)(layer.in_features, N, device="meta", **settings_of(layer))
     assert all(parameter.is_meta for parameter in empty.parameters())
-    assert {name: (p.shape, p.dtype) for name, p in empty.named_parameters()} == {name: (p.shape, p.dtype) for name, p in layer.named_parameters()}
+    assert {name: (p.shape, p.dtype) for name, p in empty.named_parameters()} == {
+        name: (p.shape, p.dtype) for name, p in layer.named_parameters()
+    }
     empty.load_state_dict(layer.state_dict(), assign=True)
     assert_same(tensors(empty), tensors(layer))
     with torch.device("meta"):
@@ -146,26 +167,40 @@ def test_default_dtype_is_the_weights():
         layer = nn.Linear4bit(64, 8, double_quant=True)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert layer.weight_dtype == layer.bias.dtype == torch.bfloat16 and layer.absmax2.dtype == layer.absmax_offset.dtype == torch.float32
+    assert (
+        layer.weight_dtype == layer.bias.dtype == torch.bfloat16
+        and layer.absmax2.dtype == layer.absmax_offset.dtype == torch.float32
+    )
 
 
-@pytest.mark.parametrize("build, kind, text", [
-    (lambda: nn.Linear4bit(64, 8, quant_type="nf3"), ValueError, "'nf3'; known: nf4, fp4, int4"),
-    (lambda: nn.Linear4bit(64, 8, blocksize=100), ValueError, "got 100, expected one of 32"),
-    (lambda: nn.Linear4bit(64, 8, compute_dtype=torch.int8), TypeError, "int8"),
-    (lambda: nn.Linear4bit(64, 8, double_quant=1), TypeError, "double_quant"),
-    (lambda: nn.Linear4bit(64, 8, weight_dtype=torch.int8), TypeError, "weight_dtype"),
-    (lambda: nn.Linear4bit(64.0, 8), TypeError, "in_features is 64.0"),
-    (lambda: nn.Linear4bit(64, -1), ValueError, "out_features is -1"),
-    (lambda: nn.LinearNF4(64, 8, quant_type="fp4"), TypeError, "quant_type"),
-    (lambda: nn.Linear8bitLt(64, 8, threshold=-1), ValueError, "threshold: got -1"),
-    (lambda: nn.Linear8bitLt(64, 8, blocksize=3), ValueError, "expected one of 0, 32"),
-    (lambda: nn.Linear4bit(64, 8).quantize_(torch.zeros(8, 65)), ValueError, "Linear4bit(64, 8, nf4): the new weight has shape [8, 65]"),
-    (lambda: nn.Linear4bit(64, 8).quantize_(torch.full((8, 64), torch.inf)), ValueError, "inf"),
-    (lambda: setattr(nn.Linear4bit(64, 8), "compute_dtype", "int8"), TypeError, "Linear4bit.compute_dtype: got 'int8'"),
-    (lambda: nn.set_compute_dtype(nn.Linear4bit(64, 8), torch.int8), TypeError, "set_compute_dtype"),
-    (lambda: nn.set_compute_dtype(torch_nn.Linear(4, 4), None), ValueError, "no quantised layer"),
-])
+@pytest.mark.parametrize(
+    "build, kind, text",
+    [
+        (lambda: nn.Linear4bit(64, 8, quant_type="nf3"), ValueError, "'nf3'; known: nf4, fp4, int4"),
+        (lambda: nn.Linear4bit(64, 8, blocksize=100), ValueError, "got 100, expected one of 32"),
+        (lambda: nn.Linear4bit(64, 8, compute_dtype=torch.int8), TypeError, "int8"),
+        (lambda: nn.Linear4bit(64, 8, double_quant=1), TypeError, "double_quant"),
+        (lambda: nn.Linear4bit(64, 8, weight_dtype=torch.int8), TypeError, "weight_dtype"),
+        (lambda: nn.Linear4bit(64.0, 8), TypeError, "in_features is 64.0"),
+        (lambda: nn.Linear4bit(64, -1), ValueError, "out_features is -1"),
+        (lambda: nn.LinearNF4(64, 8, quant_type="fp4"), TypeError, "quant_type"),
+        (lambda: nn.Linear8bitLt(64, 8, threshold=-1), ValueError, "threshold: got -1"),
+        (lambda: nn.Linear8bitLt(64, 8, blocksize=3), ValueError, "expected one of 0, 32"),
+        (
+            lambda: nn.Linear4bit(64, 8).quantize_(torch.zeros(8, 65)),
+            ValueError,
+            "Linear4bit(64, 8, nf4): the new weight has shape [8, 65]",
+        ),
+        (lambda: nn.Linear4bit(64, 8).quantize_(torch.full((8, 64), torch.inf)), ValueError, "inf"),
+        (
+            lambda: setattr(nn.Linear4bit(64, 8), "compute_dtype", "int8"),
+            TypeError,
+            "Linear4bit.compute_dtype: got 'int8'",
+        ),
+        (lambda: nn.set_compute_dtype(nn.Linear4bit(64, 8), torch.int8), TypeError, "set_compute_dtype"),
+        (lambda: nn.set_compute_dtype(torch_nn.Linear(4, 4), None), ValueError, "no quantised layer"),
+    ],
+)
 def test_bad_settings(build, kind, text):
     with pytest.raises(kind) as error:
         build()
@@ -179,6 +214,7 @@ def test_the_format_cannot_be_assigned(layer):
 
 
 # ------------------------------------------------------------------ forward
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_forward_is_the_specified_product(layer, dtype, isa):
@@ -226,28 +262,50 @@ def test_compute_dtype_rounds_the_input():
     layer.compute_dtype = torch.float32
     assert torch.equal(layer(x), exact)
     eight = nn.Linear8bitLt(64, 8)
-    assert nn.set_compute_dtype(torch_nn.Sequential(eight, layer), "bfloat16") == 2 and layer.compute_dtype == torch.bfloat16
+    assert (
+        nn.set_compute_dtype(torch_nn.Sequential(eight, layer), "bfloat16") == 2
+        and layer.compute_dtype == torch.bfloat16
+    )
     assert torch.equal(eight(x), copy.deepcopy(eight)(x.bfloat16().float()))
     assert nn.set_compute_dtype(layer, None) == 1 and layer.compute_dtype is None
 
 
 def test_bad_inputs(layer):
-    for bad, kind in ((torch.zeros(2, layer.in_features + 1), ValueError), (torch.zeros(2, layer.in_features, dtype=torch.int32), TypeError)):
+    for bad, kind in (
+        (torch.zeros(2, layer.in_features + 1), ValueError),
+        (torch.zeros(2, layer.in_features, dtype=torch.int32), TypeError),
+    ):
         with pytest.raises(kind):
             layer(bad)
 
 
 def test_repr_shows_the_format():
     assert repr(nn.Linear4bit(64, 8, double_quant=True, compute_dtype="bfloat16")) == (
-        "Linear4bit(in_features=64, out_features=8, bias=True, quant_type=nf4, blocksize=64, double_quant=True, compute_dtype=bfloat16)")
-    assert repr(nn.Linear8bitLt(64, 8, bias=False)) == "Linear8bitLt(in_features=64, out_features=8, bias=False, threshold=6.0, blocksize=0)"
+        "Linear4bit(in_features=64, out_features=8, bias=True, quant_type=nf4, blocksize=64, double_quant=True, "
+        "compute_dtype=bfloat16)"
+    )
+    assert (
+        repr(nn.Linear8bitLt(64, 8, bias=False))
+        == "Linear8bitLt(in_features=64, out_features=8, bias=False, threshold=6.0, blocksize=0)"
+    )
 
 
 # ------------------------------------------------------------------ casts, moves, copies
 
-@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.float(), lambda m: m.double(),
-                                  lambda m: m.to(torch.float16), lambda m: m.to("cpu", torch.bfloat16), lambda m: m.type(torch.float16)],
-                         ids=["half", "bfloat16", "float", "double", "to", "to device and dtype", "type"])
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.float(),
+        lambda m: m.double(),
+        lambda m: m.to(torch.float16),
+        lambda m: m.to("cpu", torch.bfloat16),
+        lambda m: m.type(torch.float16),
+    ],
+    ids=["half", "bfloat16", "float", "double", "to", "to device and dtype", "type"],
+)
 def test_casts_leave_packed_tensors_alone(layer, cast):
     before = tensors(layer)
     objects = {name: id(layer._parameters[name]) for name in layer.packed_spec()}

@@ -65,10 +65,19 @@ def quantized(model) -> set:
 
 # ------------------------------------------------------------------ what is replaced
 
-@pytest.mark.parametrize("config, kind", [
-    (None, nn.Linear4bit), (BnbqConfig(quant_type="int4", blocksize=32, double_quant=True), nn.Linear4bit), (BnbqConfig(load_in_8bit=True), nn.Linear8bitLt)])
+
+@pytest.mark.parametrize(
+    "config, kind",
+    [
+        (None, nn.Linear4bit),
+        (BnbqConfig(quant_type="int4", blocksize=32, double_quant=True), nn.Linear4bit),
+        (BnbqConfig(load_in_8bit=True), nn.Linear8bitLt),
+    ],
+)
 def test_quantizes_in_place(net, config, kind, caplog):
-    expected = {name: kind.from_linear(net.get_submodule(name), **(config or BnbqConfig()).layer_settings()) for name in LINEARS}
+    expected = {
+        name: kind.from_linear(net.get_submodule(name), **(config or BnbqConfig()).layer_settings()) for name in LINEARS
+    }
     embed, y = net.embed, net(IDS)
     with caplog.at_level(logging.INFO, "bnbq"):
         result = quantize_model(net, config)
@@ -79,7 +88,11 @@ def test_quantizes_in_place(net, config, kind, caplog):
         assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
     assert (net(IDS) - y).norm() < 0.2 * y.norm()
     line = caplog.records[-1].getMessage()
-    assert line == result.summary() and line.startswith("4 of 5 linear layers quantised") and line.endswith("kept: lm_head")
+    assert (
+        line == result.summary()
+        and line.startswith("4 of 5 linear layers quantised")
+        and line.endswith("kept: lm_head")
+    )
     assert len(caplog.records) == 1 and {row.name for row in result.quantized} == LINEARS
 
 
@@ -146,6 +159,7 @@ def test_on_meta_layers_are_made_unfilled(net):
 
 # ------------------------------------------------------------------ what is kept, and why
 
+
 def test_reasons():
     class Moe(torch_nn.Module):
         def __init__(self):
@@ -157,36 +171,71 @@ def test_reasons():
     class Special(torch_nn.Linear):
         pass
 
-    model = torch_nn.ModuleDict({
-        "moe": Moe(), "mlp": torch_nn.ModuleDict({"gate": torch_nn.Linear(64, 64)}), "lm_head": torch_nn.Linear(64, 64),
-        "score": torch_nn.Linear(64, 64), "classifier": torch_nn.Sequential(torch_nn.Linear(64, 64)), "special": Special(64, 64),
-        "attention": torch_nn.MultiheadAttention(64, 4), "value": torch_nn.Linear(64, 1), "wide": torch_nn.Linear(64, 64),
-        "a": torch_nn.Linear(64, 64), "b": torch_nn.Linear(64, 64)})
+    model = torch_nn.ModuleDict(
+        {
+            "moe": Moe(),
+            "mlp": torch_nn.ModuleDict({"gate": torch_nn.Linear(64, 64)}),
+            "lm_head": torch_nn.Linear(64, 64),
+            "score": torch_nn.Linear(64, 64),
+            "classifier": torch_nn.Sequential(torch_nn.Linear(64, 64)),
+            "special": Special(64, 64),
+            "attention": torch_nn.MultiheadAttention(64, 4),
+            "value": torch_nn.Linear(64, 1),
+            "wide": torch_nn.Linear(64, 64),
+            "a": torch_nn.Linear(64, 64),
+            "b": torch_nn.Linear(64, 64),
+        }
+    )
     model["b"].weight = model["a"].weight
+    model["normed"] = torch_nn.utils.spectral_norm(torch_nn.Linear(64, 64))
     chosen, kept = select(model)
     assert set(chosen) == {"moe.gate_proj", "moe.experts.0", "mlp.gate", "wide"}
     assert {name: reason.split(":")[0] for name, reason in kept.items()} == {
-        "moe.gate": "MoE router", "moe.router": "MoE router", "moe.shared_expert_gate": "MoE router", "lm_head": "output head",
-        "score": "classifier head", "classifier.0": "classifier head", "special": "subclass of nn.Linear",
-        "attention.out_proj": "subclass of nn.Linear", "value": "single output", "a": "tied weight", "b": "tied weight"}
+        "moe.gate": "MoE router",
+        "moe.router": "MoE router",
+        "moe.shared_expert_gate": "MoE router",
+        "lm_head": "output head",
+        "score": "classifier head",
+        "classifier.0": "classifier head",
+        "special": "subclass of nn.Linear",
+        "attention.out_proj": "subclass of nn.Linear",
+        "value": "single output",
+        "normed": "its weight is computed, by weight_norm, spectral_norm or pruning",
+        "a": "tied weight",
+        "b": "tied weight",
+    }
 
 
 def test_names_are_runs_of_components():
     assert matches("layers.1", "model.layers.1.mlp") and not matches("layers.1", "model.layers.11.mlp")
-    assert matches("mlp.gate", "layers.0.mlp.gate") and not matches("mlp.gate", "layers.0.mlp.gate_proj") and not matches("gate", "gate_proj")
+    assert (
+        matches("mlp.gate", "layers.0.mlp.gate")
+        and not matches("mlp.gate", "layers.0.mlp.gate_proj")
+        and not matches("gate", "gate_proj")
+    )
 
 
 def test_skip_modules_add_to_the_defaults(net):
     assert set(select_modules(net, BnbqConfig(skip_modules=["down"]))) == {"layers.0.up", "layers.1.up"}
     assert set(select_modules(net, BnbqConfig(skip_modules=["layers.1", "up"]))) == {"layers.0.down"}
     kept = select(net, BnbqConfig(skip_modules=["down"])).kept
-    assert kept == {"layers.0.down": "skip_modules: down", "layers.1.down": "skip_modules: down", "lm_head": "output head"}
-    assert set(select_modules(net, BnbqConfig(skip_modules=["lm_head", "score"]))) == LINEARS  # names of the defaults may miss
+    assert kept == {
+        "layers.0.down": "skip_modules: down",
+        "layers.1.down": "skip_modules: down",
+        "lm_head": "output head",
+    }
+    assert (
+        set(select_modules(net, BnbqConfig(skip_modules=["lm_head", "score"]))) == LINEARS
+    )  # names of the defaults may miss
     assert set(select_modules(net, BnbqConfig(skip_modules=["nothing"]), strict=False)) == LINEARS
 
 
 def test_include_overrides_the_defaults(net):
-    assert set(select_modules(net, include=["lm_head"])) == set(select_modules(net, BnbqConfig(include_modules=["lm_head"]))) == LINEARS | {"lm_head"}
+    assert (
+        set(select_modules(net, include=["lm_head"]))
+        == set(select_modules(net, BnbqConfig(include_modules=["lm_head"])))
+        == LINEARS | {"lm_head"}
+    )
     quantize_model(net, include=["lm_head"])
     assert isinstance(net.lm_head, nn.Linear4bit)
 
@@ -201,12 +250,19 @@ def test_including_a_tied_head_unties_it(net):
     assert isinstance(net.head2, nn.Linear4bit) and torch.equal(net.embed.weight, before)
 
 
-@pytest.mark.parametrize("config, include, text", [
-    (BnbqConfig(skip_modules=["dwn"]), (), "skip_modules: 'dwn' matches no module of Net; close names: down"),
-    (BnbqConfig(skip_modules=["layers.*.up"]), (), "without wildcards"),
-    (None, ["lm_haed"], "include: 'lm_haed' matches no module of Net"),
-    (BnbqConfig(skip_modules=["lm_head"]), ["lm_head"], "lm_head is both in skip_modules ('lm_head') and in include ('lm_head')"),
-])
+@pytest.mark.parametrize(
+    "config, include, text",
+    [
+        (BnbqConfig(skip_modules=["dwn"]), (), "skip_modules: 'dwn' matches no module of Net; close names: down"),
+        (BnbqConfig(skip_modules=["layers.*.up"]), (), "without wildcards"),
+        (None, ["lm_haed"], "include: 'lm_haed' matches no module of Net"),
+        (
+            BnbqConfig(skip_modules=["lm_head"]),
+            ["lm_head"],
+            "lm_head is both in skip_modules ('lm_head') and in include ('lm_head')",
+        ),
+    ],
+)
 def test_names_that_cannot_be_meant(net, config, include, text):
     with pytest.raises(ValueError) as error:
         quantize_model(net, config, include=include)
@@ -215,7 +271,7 @@ def test_names_that_cannot_be_meant(net, config, include, text):
 
 def test_what_cannot_be_replaced_cannot_be_included():
     model = torch_nn.ModuleDict({"attention": torch_nn.MultiheadAttention(64, 4), "a": torch_nn.Linear(64, 64)})
-    with pytest.raises(ValueError, match="include: attention.out_proj cannot be quantised: subclass"):
+    with pytest.raises(ValueError, match=r"include: attention.out_proj cannot be quantised: subclass"):
         select(model, include=["attention.out_proj"])
 
 
@@ -227,13 +283,18 @@ def test_warns_once_about_what_was_left(net):
         warnings.simplefilter("always")
         quantize_model(net)
     messages = [str(w.message) for w in caught if "quantize_model" in str(w.message)]
-    assert len(messages) == 1 and "sized.experts (131.1 kB, 3-D expert weights" in messages[0] and "lm_head" in messages[0]
+    assert (
+        len(messages) == 1 and "sized.experts (131.1 kB, 3-D expert weights" in messages[0] and "lm_head" in messages[0]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quantize_model(torch_nn.Sequential(torch_nn.Embedding(1000, 64), torch_nn.Linear(64, 64), torch_nn.Linear(64, 64)))
+        quantize_model(
+            torch_nn.Sequential(torch_nn.Embedding(1000, 64), torch_nn.Linear(64, 64), torch_nn.Linear(64, 64))
+        )
 
 
 # ------------------------------------------------------------------ errors
+
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_names_layer_and_index(net, bad):
@@ -254,25 +315,32 @@ def test_a_weight_that_is_not_finite_names_layer_and_index(net, bad):
 
 
 def test_a_linear_layer_cannot_replace_itself():
-    with pytest.raises(TypeError, match="use Linear4bit.from_linear"):
+    with pytest.raises(TypeError, match=r"use Linear4bit.from_linear"):
         quantize_model(torch_nn.Linear(4, 4))
 
 
 def test_a_model_half_on_meta_is_refused(net):
     net.layers[1].to("meta")
-    with pytest.raises(ValueError, match="layers.1.up.weight is on the meta device"):
+    with pytest.raises(ValueError, match=r"layers.1.up.weight is on the meta device"):
         quantize_model(net)
     assert not quantized(net)
 
 
 # ------------------------------------------------------------------ make_layer
 
+
 def test_make_layer():
     linear = torch_nn.Linear(100, 8).bfloat16().eval()
     layer = make_layer(linear, BnbqConfig(double_quant=True))
     assert not layer.qweight.is_meta and layer.double_quant and layer.weight_dtype == torch.bfloat16
     empty = make_layer(linear, BnbqConfig(bits=8, threshold=0), device="meta")
-    assert empty.qweight.is_meta and empty.bias.is_meta and empty.weight_dtype == torch.bfloat16 and empty.threshold == 0 and not empty.training
+    assert (
+        empty.qweight.is_meta
+        and empty.bias.is_meta
+        and empty.weight_dtype == torch.bfloat16
+        and empty.threshold == 0
+        and not empty.training
+    )
     assert make_layer(linear, None, device="cpu").qweight.device.type == "cpu"
 
 
@@ -281,8 +349,22 @@ def test_make_layer():
 DISK = {"embed": "cpu", "layers.0": "cpu", "layers.1": "disk", "lm_head": "cpu"}
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "auto", "balanced", "sequential", "balanced_low_0", torch.device("cpu"), {"": "cpu"}, "disk", {"": "disk"}, DISK],
-                         ids=str)
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        "cpu",
+        "auto",
+        "balanced",
+        "sequential",
+        "balanced_low_0",
+        torch.device("cpu"),
+        {"": "cpu"},
+        "disk",
+        {"": "disk"},
+        DISK,
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("config", [BnbqConfig(double_quant=True), BnbqConfig(bits=8)], ids=["4", "8"])
 def test_every_placement_computes_the_same(net, device_map, config, tmp_path):
     pytest.importorskip("accelerate")
@@ -359,11 +441,22 @@ def test_offloaded_layers_load_back(net, tmp_path):
         assert torch.equal(net.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("device_map, kind, text", [
-    ("gpu", ValueError, "'gpu' is neither a device, nor 'disk'"), ({"layers.7": "cpu"}, ValueError, "'layers.7' is no module of Net"),
-    ({"layers": "cpu"}, ValueError, "nothing says where embed.weight goes"), ({}, ValueError, "empty dict"), (1.5, TypeError, "got 1.5"),
-    ({"": True}, TypeError, "got True"), ("disk", ValueError, "offload_folder"),
-])
+@pytest.mark.parametrize(
+    "device_map, kind, text",
+    [
+        ("gpu", ValueError, "'gpu' is neither a device, nor 'disk'"),
+        ({"layers.7": "cpu"}, ValueError, "'layers.7' is no module of Net"),
+        ({"layers": "cpu"}, ValueError, "nothing says where embed.weight goes"),
+        ({}, ValueError, "empty dict"),
+        (1.5, TypeError, "got 1.5"),
+        ({"": True}, TypeError, "got True"),
+        ("disk", ValueError, "offload_folder"),
+        ("cuda:99", RuntimeError, "got 'cuda:99'"),
+        (99, RuntimeError, "got 'cuda:99'"),
+        ({"": "xpu"}, RuntimeError, "kernels for CPUs and CUDA only"),
+        ("meta", RuntimeError, "got 'meta'"),
+    ],
+)
 def test_bad_device_maps(net, device_map, kind, text):
     pytest.importorskip("accelerate")
     with pytest.raises(kind) as error:
@@ -374,11 +467,12 @@ def test_bad_device_maps(net, device_map, kind, text):
 def test_a_dispatched_float_model_is_refused(net):
     accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(net, execution_device="cpu")
-    with pytest.raises(ValueError, match="layers.0.up has a hook of Accelerate"):
+    with pytest.raises(ValueError, match=r"layers.0.up has a hook of Accelerate"):
         quantize_model(net)
 
 
 # ------------------------------------------------------------------ transformers' models
+
 
 @pytest.fixture(scope="module")
 def transformers():
@@ -386,28 +480,57 @@ def transformers():
 
 
 def tiny(transformers, name: str):
-    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=200)
-    moe = dict(num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64)
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 200,
+    }
+    moe = {
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    }
     build = {
         "llama": lambda t: t.LlamaForCausalLM(t.LlamaConfig(**small)),
         "llama tied": lambda t: t.LlamaForCausalLM(t.LlamaConfig(**small, tie_word_embeddings=True)),
-        "gpt2": lambda t: t.GPT2LMHeadModel(t.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=200, bos_token_id=0, eos_token_id=0)),
-        "t5": lambda t: t.T5ForConditionalGeneration(t.T5Config(d_model=64, d_ff=128, num_layers=1, num_heads=4, d_kv=16, vocab_size=200)),
+        "gpt2": lambda t: t.GPT2LMHeadModel(
+            t.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=200, bos_token_id=0, eos_token_id=0)
+        ),
+        "t5": lambda t: t.T5ForConditionalGeneration(
+            t.T5Config(d_model=64, d_ff=128, num_layers=1, num_heads=4, d_kv=16, vocab_size=200)
+        ),
         "qwen2-moe": lambda t: t.Qwen2MoeForCausalLM(t.Qwen2MoeConfig(**small, **moe)),
         "bert": lambda t: t.BertForSequenceClassification(t.BertConfig(**small)),
     }
     return build[name](transformers).eval()
 
 
-@pytest.mark.parametrize("name, more", [("llama", set()), ("llama tied", set()), ("gpt2", set()), ("t5", set()),
-                                        ("qwen2-moe", {"model.layers.0.mlp.shared_expert_gate"}), ("bert", {"classifier"})])
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("llama", set()),
+        ("llama tied", set()),
+        ("gpt2", set()),
+        ("t5", set()),
+        ("qwen2-moe", {"model.layers.0.mlp.shared_expert_gate"}),
+        ("bert", {"classifier"}),
+    ],
+)
 def test_same_layers_as_bitsandbytes_but_for_gates_and_heads(transformers, name, more):
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     model = tiny(transformers, name)
     skipped = get_keys_to_not_convert(model) + list(model._keep_in_fp32_modules or [])
-    theirs = {n for n, m in model.named_modules() if (type(m) is torch_nn.Linear or nn.is_conv1d(m)) and should_convert_module(n, skipped)}
+    theirs = {
+        n
+        for n, m in model.named_modules()
+        if (type(m) is torch_nn.Linear or nn.is_conv1d(m)) and should_convert_module(n, skipped)
+    }
     assert theirs - set(select_modules(model)) == more and set(select_modules(model)) <= theirs
 
 

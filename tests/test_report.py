@@ -19,7 +19,9 @@ class Net(torch_nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = torch_nn.Embedding(50, 64)
-        self.blocks = torch_nn.ModuleList([torch_nn.Sequential(torch_nn.Linear(64, 128), torch_nn.Linear(128, 64, bias=False)) for _ in range(3)])
+        self.blocks = torch_nn.ModuleList(
+            [torch_nn.Sequential(torch_nn.Linear(64, 128), torch_nn.Linear(128, 64, bias=False)) for _ in range(3)]
+        )
         self.lm_head = torch_nn.Linear(64, 50, bias=False)
         self.register_buffer("table", torch.zeros(10))
 
@@ -43,10 +45,16 @@ def test_bytes_are_exact(float_net):
     assert result.bits == 4.5 and result.fraction == 3 * (2 * 64 * 128 + 128) * 4 / result.bytes_as_float
 
 
-@pytest.mark.parametrize("config, form, bits", [
-    (BnbqConfig(), "nf4/64", 4.5), (BnbqConfig(blocksize=32, quant_type="int4"), "int4/32", 5.0),
-    (BnbqConfig(double_quant=True), "nf4/64+dq", 4 + 8 / 64 + (32 / 256 + 32 / 128) / 64),
-    (BnbqConfig(bits=8), "int8/row", 8 + 32 / 64), (BnbqConfig(bits=8, blocksize=64), "int8/64", 8.5)])
+@pytest.mark.parametrize(
+    "config, form, bits",
+    [
+        (BnbqConfig(), "nf4/64", 4.5),
+        (BnbqConfig(blocksize=32, quant_type="int4"), "int4/32", 5.0),
+        (BnbqConfig(double_quant=True), "nf4/64+dq", 4 + 8 / 64 + 2 * 32 / (64 * 128)),
+        (BnbqConfig(bits=8), "int8/row", 8 + 32 / 64),
+        (BnbqConfig(bits=8, blocksize=64), "int8/64", 8.5),
+    ],
+)
 def test_bits_per_weight(float_net, config, form, bits):
     quantize_model(float_net, config)
     row = by_name(report(float_net))["blocks.0.0"]
@@ -58,7 +66,11 @@ def test_rows_say_why(float_net):
     float_net.lm_head.weight = float_net.embed.weight
     quantize_model(float_net, BnbqConfig(skip_modules=["blocks.2"]))
     rows = by_name(report(float_net))  # found again from the settings that the model carries
-    assert rows["embed"].why == "embedding" and rows["blocks.2.0"].why == "skip_modules: blocks.2" and rows[""].why == "3-D expert weights, not a linear layer"
+    assert (
+        rows["embed"].why == "embedding"
+        and rows["blocks.2.0"].why == "skip_modules: blocks.2"
+        and rows[""].why == "3-D expert weights, not a linear layer"
+    )
     assert rows["lm_head"].why == "tied to embed.weight" and rows["lm_head"].bytes == 0
     assert sum(row.bytes for row in rows.values()) == get_memory_footprint(float_net)
 
@@ -67,10 +79,14 @@ def test_text_groups_like_layers(float_net):
     quantize_model(float_net)
     text = str(report(float_net))
     assert text.splitlines()[0] == report(float_net).summary()
-    assert "blocks.*.0 x3" in text and "Linear4bit" in text and "output head" in text and "error" not in text
+    assert "blocks.*.* x6" in text and "Linear4bit" in text and "output head" in text and "error" not in text
     assert "blocks.1.0 " in report(float_net).text(every=True)
     summary = report(float_net).summary()
-    assert summary.startswith("6 of 7 linear layers quantised to nf4/64: ") and summary.endswith("; kept: lm_head") and "4.50 bits" in summary
+    assert (
+        summary.startswith("6 of 7 linear layers quantised to nf4/64: ")
+        and summary.endswith("; kept: lm_head")
+        and "4.50 bits" in summary
+    )
 
 
 def test_of_a_float_model(float_net):
@@ -85,12 +101,17 @@ def test_against_the_float_model(float_net):
     result = report(net, against=float_net)
     for row in result.quantized:
         weight = float_net.get_submodule(row.name).weight
-        assert row.error == pytest.approx(((net.get_submodule(row.name).weight - weight).norm() / weight.norm()).item(), rel=1e-4)
+        assert row.error == pytest.approx(
+            ((net.get_submodule(row.name).weight - weight).norm() / weight.norm()).item(), rel=1e-4
+        )
     assert "error" in str(result) and by_name(result)["embed"].error is None
-    with pytest.raises(ValueError, match="blocks.0.0"):
+    with pytest.raises(ValueError, match=r"blocks.0.0"):
         report(net, against=torch_nn.Sequential(torch_nn.Linear(4, 4)))
-    with pytest.raises(ValueError, match="no linear layer 'blocks.0.0'|is \\[128, 64\\]"):
-        report(net, against=torch_nn.ModuleDict({"blocks": torch_nn.Sequential(torch_nn.Sequential(torch_nn.Linear(3, 3)))}))
+    with pytest.raises(ValueError, match=r"blocks.0.0 is \[128, 64\], in against it is \[3, 3\]"):
+        report(
+            net,
+            against=torch_nn.ModuleDict({"blocks": torch_nn.Sequential(torch_nn.Sequential(torch_nn.Linear(3, 3)))}),
+        )
 
 
 def test_is_json(float_net):
@@ -107,7 +128,10 @@ def test_quantised_layers_only():
 
 # ------------------------------------------------------------------ counts
 
-@pytest.mark.parametrize("config", [BnbqConfig(), BnbqConfig(double_quant=True), BnbqConfig(bits=8)], ids=["nf4", "dq", "int8"])
+
+@pytest.mark.parametrize(
+    "config", [BnbqConfig(), BnbqConfig(double_quant=True), BnbqConfig(bits=8)], ids=["nf4", "dq", "int8"]
+)
 def test_parameters_are_logical(float_net, config, capsys):
     total = count_parameters(float_net)
     assert total == sum(p.numel() for p in float_net.parameters()) == count_parameters(float_net, trainable=True)
@@ -120,7 +144,10 @@ def test_parameters_are_logical(float_net, config, capsys):
         parameter.requires_grad_(False)
     float_net.lm_head.weight.requires_grad_(True)
     print_trainable_parameters(float_net)
-    assert capsys.readouterr().out == f"trainable params: {50 * 64:,} || all params: {total:,} || trainable%: {100 * 50 * 64 / total:.4f}\n"
+    assert (
+        capsys.readouterr().out
+        == f"trainable params: {50 * 64:,} || all params: {total:,} || trainable%: {100 * 50 * 64 / total:.4f}\n"
+    )
 
 
 def test_tied_parameters_count_once(float_net):
@@ -130,6 +157,7 @@ def test_tied_parameters_count_once(float_net):
 
 
 # ------------------------------------------------------------------ explain
+
 
 def test_explain_names_the_kernel_in_use(isa):
     for layer, family in ((nn.Linear4bit(64, 8), "q4"), (nn.Linear8bitLt(64, 8), "s8")):
@@ -142,10 +170,17 @@ def test_explain_names_the_kernel_in_use(isa):
 
 
 def test_explain_reasons():
-    assert "generic path" in str(explain(nn.Linear4bit(100, 8))) and "blocks cross rows" in explain(nn.Linear4bit(100, 8)).kernel
+    assert (
+        "generic path" in str(explain(nn.Linear4bit(100, 8)))
+        and "blocks cross rows" in explain(nn.Linear4bit(100, 8)).kernel
+    )
     layer = nn.Linear4bit(64, 8, compute_dtype="bfloat16")
-    assert explain(layer, m=1).compute_dtype == "bfloat16" and any("bf16" in reason for reason in explain(layer, 1).reasons)
-    assert "no outliers" in str(explain(nn.Linear8bitLt(64, 8, threshold=0))) and "at least 6" in str(explain(nn.Linear8bitLt(64, 8)))
+    assert explain(layer, m=1).compute_dtype == "bfloat16" and any(
+        "bf16" in reason for reason in explain(layer, 1).reasons
+    )
+    assert "no outliers" in str(explain(nn.Linear8bitLt(64, 8, threshold=0))) and "at least 6" in str(
+        explain(nn.Linear8bitLt(64, 8))
+    )
     assert explain(nn.Linear4bit(64, 8, device="meta")).kernel.startswith("none")
 
 
@@ -153,9 +188,14 @@ def test_explain_when_batch_invariant(batch_invariant):
     assert "batch invariant" in str(explain(nn.Linear4bit(64, 8, compute_dtype="bfloat16")))
 
 
-@pytest.mark.parametrize("layer, m, kind, text", [
-    (torch_nn.Linear(4, 4), None, TypeError, "got Linear"), (nn.Linear4bit(64, 8, device="meta"), -1, ValueError, "m is -1"),
-    (nn.Linear4bit(64, 8, device="meta"), 1.5, ValueError, "m is 1.5")])
+@pytest.mark.parametrize(
+    "layer, m, kind, text",
+    [
+        (torch_nn.Linear(4, 4), None, TypeError, "got Linear"),
+        (nn.Linear4bit(64, 8, device="meta"), -1, ValueError, "m is -1"),
+        (nn.Linear4bit(64, 8, device="meta"), 1.5, ValueError, "m is 1.5"),
+    ],
+)
 def test_explain_refuses(layer, m, kind, text):
     with pytest.raises(kind, match=text):
         explain(layer, m)

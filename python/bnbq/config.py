@@ -37,8 +37,19 @@ FOUR_BIT_ONLY = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_c
 EIGHT_BIT_ONLY = ("bnb_8bit_compute_dtype",)
 # Accepted because bitsandbytes takes them; bytes are always stored as uint8, and offloaded layers stay quantised.
 WITHOUT_EFFECT = ("bnb_4bit_quant_storage", "llm_int8_enable_fp32_cpu_offload")
-NATIVE = ("bits", "quant_type", "blocksize", "double_quant", "compute_dtype", "threshold", "skip_modules",
-          "include_modules", "checkpoint_format", "quant_method", "version")
+NATIVE = (
+    "bits",
+    "quant_type",
+    "blocksize",
+    "double_quant",
+    "compute_dtype",
+    "threshold",
+    "skip_modules",
+    "include_modules",
+    "checkpoint_format",
+    "quant_method",
+    "version",
+)
 ARGUMENTS = (*NATIVE, *BNB_NAMES, *WITHOUT_EFFECT, "load_in_4bit", "load_in_8bit", "llm_int8_has_fp16_weight")
 
 
@@ -56,9 +67,13 @@ def parse_dtype(value, argument: str):
     if isinstance(value, str):
         dtype = getattr(torch, value.removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{argument}: {value!r} is not the name of a dtype; use one of {', '.join(COMPUTE_DTYPES)}")
+            raise ValueError(
+                f"{argument}: {value!r} is not the name of a dtype; use one of {', '.join(COMPUTE_DTYPES)}"
+            )
     if not isinstance(dtype, torch.dtype) or str(dtype).removeprefix("torch.") not in COMPUTE_DTYPES:
-        raise TypeError(f"{argument}: got {value!r}, expected None (the input's dtype) or one of {', '.join(COMPUTE_DTYPES)}")
+        raise TypeError(
+            f"{argument}: got {value!r}, expected None (the input's dtype) or one of {', '.join(COMPUTE_DTYPES)}"
+        )
     return dtype
 
 
@@ -72,7 +87,7 @@ def check_quant_type(value, argument: str = "quant_type") -> str:
 
 
 def check_blocksize(value, argument: str = "blocksize", *, per_row: bool = False) -> int:
-    """One of reference.BLOCKSIZES, or 0 (one scale per row) where ``per_row`` allows it; else ValueError or TypeError."""
+    """One of reference.BLOCKSIZES, or 0 (one scale per row) with ``per_row``; otherwise ValueError or TypeError."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument}: got {value!r}, expected an int")
     if value not in reference.BLOCKSIZES and not (per_row and value == 0):
@@ -119,7 +134,7 @@ class BnbqConfig:
     * ``blocksize``: 64 by default with 4 bits; with 8 bits 0, one scale per output row, by default.
     * ``double_quant``: the scales of a 4-bit layer are quantised too (0.4 bits per weight less). False by default.
     * ``compute_dtype``: torch.dtype or None, the input's dtype (default).
-    * ``threshold``: activations at least this large are multiplied in float by 8-bit layers; 6.0 by default, 0 for none.
+    * ``threshold``: activations this large are multiplied in float by 8-bit layers; 6.0 by default, 0 for none.
     * ``skip_modules``: names of modules to leave alone, in addition to the default rules (see ``bnbq.replace``).
     * ``include_modules``: names of modules to quantise although a default rule would leave them alone.
     * ``checkpoint_format``: "bnbq" (default) or "bitsandbytes", the layout that saving writes.
@@ -131,29 +146,58 @@ class BnbqConfig:
     wrong values and for arguments that contradict each other.
     """
 
-    def __init__(self, *, bits=None, quant_type=None, blocksize=None, double_quant=None, compute_dtype=None,
-                 threshold=None, skip_modules=None, include_modules=None, checkpoint_format=None,
-                 quant_method=None, version=None,
-                 load_in_4bit=None, load_in_8bit=None, bnb_4bit_quant_type=None, bnb_4bit_use_double_quant=None,
-                 bnb_4bit_compute_dtype=None, bnb_8bit_compute_dtype=None, llm_int8_threshold=None,
-                 llm_int8_skip_modules=None, bnb_4bit_quant_storage=None, llm_int8_enable_fp32_cpu_offload=None,
-                 llm_int8_has_fp16_weight=None, **unknown):
+    def __init__(
+        self,
+        *,
+        bits=None,
+        quant_type=None,
+        blocksize=None,
+        double_quant=None,
+        compute_dtype=None,
+        threshold=None,
+        skip_modules=None,
+        include_modules=None,
+        checkpoint_format=None,
+        quant_method=None,
+        version=None,
+        load_in_4bit=None,
+        load_in_8bit=None,
+        bnb_4bit_quant_type=None,
+        bnb_4bit_use_double_quant=None,
+        bnb_4bit_compute_dtype=None,
+        bnb_8bit_compute_dtype=None,
+        llm_int8_threshold=None,
+        llm_int8_skip_modules=None,
+        bnb_4bit_quant_storage=None,
+        llm_int8_enable_fp32_cpu_offload=None,
+        llm_int8_has_fp16_weight=None,
+        **unknown,
+    ):
         given = {name: value for name, value in locals().items() if value is not None}
         del given["self"], given["unknown"]
         for name in unknown:
             close = difflib.get_close_matches(name, ARGUMENTS, 1)
-            raise TypeError(f"BnbqConfig: unknown argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise TypeError(
+                f"BnbqConfig: unknown argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
         self.quant_method = given.pop("quant_method", "bnbq")
         if self.quant_method != "bnbq":
-            raise ValueError(f"quant_method: got {self.quant_method!r}, expected 'bnbq' (BnbqConfig.from_bnb reads bitsandbytes' settings)")
+            raise ValueError(
+                f"quant_method: got {self.quant_method!r}, expected 'bnbq' "
+                "(BnbqConfig.from_bnb reads bitsandbytes' settings)"
+            )
         self.version = given.pop("version", VERSION)
         if isinstance(self.version, bool) or not isinstance(self.version, int) or self.version < 1:
             raise ValueError(f"version: got {self.version!r}, expected an integer from 1 to {VERSION}")
         if self.version > VERSION:
-            raise ValueError(f"version: these settings have version {self.version}, this bnbq knows {VERSION}: upgrade bnbq")
+            raise ValueError(
+                f"version: these settings have version {self.version}, this bnbq knows {VERSION}: upgrade bnbq"
+            )
         if check_bool(given.pop("llm_int8_has_fp16_weight", False), "llm_int8_has_fp16_weight"):
-            raise ValueError("llm_int8_has_fp16_weight=True: bnbq keeps no 16-bit copy of the weights; leave it out, "
-                             "and train adapters on the quantised layers")
+            raise ValueError(
+                "llm_int8_has_fp16_weight=True: bnbq keeps no 16-bit copy of the weights; leave it out, "
+                "and train adapters on the quantised layers"
+            )
         check_bool(given.pop("llm_int8_enable_fp32_cpu_offload", False), "llm_int8_enable_fp32_cpu_offload")
         self._check_storage(given.pop("bnb_4bit_quant_storage", None))
         self.bits = self._read_bits(given)
@@ -182,7 +226,9 @@ class BnbqConfig:
         """bnb_4bit_quant_storage chooses a container dtype for the same bytes; here it is always uint8."""
         names = ("float16", "float32", "int8", "uint8", "float64", "bfloat16")
         if value is not None and str(value).removeprefix("torch.") not in names:
-            raise ValueError(f"bnb_4bit_quant_storage: got {value!r}, expected one of {', '.join(names)} (bnbq stores uint8)")
+            raise ValueError(
+                f"bnb_4bit_quant_storage: got {value!r}, expected one of {', '.join(names)} (bnbq stores uint8)"
+            )
 
     @staticmethod
     def _read_bits(given) -> int:
@@ -234,13 +280,20 @@ class BnbqConfig:
 
     def _check_checkpoint_format(self) -> None:
         if self.checkpoint_format not in CHECKPOINT_FORMATS:
-            raise ValueError(f"checkpoint_format: got {self.checkpoint_format!r}, expected one of {', '.join(CHECKPOINT_FORMATS)}")
+            raise ValueError(
+                f"checkpoint_format: got {self.checkpoint_format!r}, expected one of {', '.join(CHECKPOINT_FORMATS)}"
+            )
         if self.checkpoint_format == "bitsandbytes":
             if self.bits == 4 and self.quant_type not in BNB_QUANT_TYPES:
-                raise ValueError(f"checkpoint_format='bitsandbytes': bitsandbytes has no {self.quant_type}, "
-                                 f"only {' and '.join(BNB_QUANT_TYPES)}")
+                raise ValueError(
+                    f"checkpoint_format='bitsandbytes': bitsandbytes has no {self.quant_type}, "
+                    f"only {' and '.join(BNB_QUANT_TYPES)}"
+                )
             if self.bits == 8 and self.blocksize:
-                raise ValueError(f"checkpoint_format='bitsandbytes': bitsandbytes' int8 has one scale per row, blocksize is {self.blocksize}")
+                raise ValueError(
+                    "checkpoint_format='bitsandbytes': bitsandbytes' int8 has one scale per row, "
+                    f"blocksize is {self.blocksize}"
+                )
 
     # ------------------------------------------------------------------ JSON
 
@@ -270,10 +323,10 @@ class BnbqConfig:
         """The JSON that bitsandbytes' integration in transformers writes and reads.
 
         It has no key for the block size, which bitsandbytes stores with each tensor. A compute dtype of None
-        (the input's) has no counterpart there and becomes its default, float32.
+        (the input's) is written as null, which bitsandbytes reads as its default, float32.
         """
         four = self.bits == 4
-        dtype = "float32" if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch.")
+        dtype = None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch.")
         return {
             "quant_method": "bitsandbytes",
             "_load_in_4bit": four,
@@ -292,14 +345,18 @@ class BnbqConfig:
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs: bool = False, **kwargs):
-        """The inverse of ``to_dict``; takes either JSON. ``kwargs`` that name a field override it, as in transformers."""
+        """The inverse of ``to_dict``; takes either JSON. ``kwargs`` that name a field override it."""
         values = dict(config_dict)
         if values.get("quant_method") == "bitsandbytes":
             config = cls.from_bnb(values, checkpoint_format="bitsandbytes")
         else:
             version = values.get("version", VERSION)
-            if isinstance(version, int) and version > VERSION:  # before an unknown key of the future is complained about
-                raise ValueError(f"version: these settings have version {version}, this bnbq knows {VERSION}: upgrade bnbq")
+            if (
+                isinstance(version, int) and version > VERSION
+            ):  # before an unknown key of the future is complained about
+                raise ValueError(
+                    f"version: these settings have version {version}, this bnbq knows {VERSION}: upgrade bnbq"
+                )
             config = cls(**values)
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in NATIVE}
         if overrides:
@@ -338,8 +395,12 @@ class BnbqConfig:
     def layer_settings(self) -> dict:
         """Keyword arguments of the layer class for these settings (``bnbq.nn.Linear4bit`` or ``Linear8bitLt``)."""
         if self.bits == 4:
-            return {"quant_type": self.quant_type, "blocksize": self.blocksize, "double_quant": self.double_quant,
-                    "compute_dtype": self.compute_dtype}
+            return {
+                "quant_type": self.quant_type,
+                "blocksize": self.blocksize,
+                "double_quant": self.double_quant,
+                "compute_dtype": self.compute_dtype,
+            }
         return {"threshold": self.threshold, "blocksize": self.blocksize, "compute_dtype": self.compute_dtype}
 
     def describe(self) -> str:
@@ -356,5 +417,7 @@ class BnbqConfig:
     __hash__ = None
 
     def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={value!r}" for name, value in self.to_native_dict().items() if name != "quant_method")
+        fields = ", ".join(
+            f"{name}={value!r}" for name, value in self.to_native_dict().items() if name != "quant_method"
+        )
         return f"BnbqConfig({fields})"

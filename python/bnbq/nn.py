@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from . import ops
-from .state import METADATA_KEY, describe, format_metadata, read_state
 from .config import check_blocksize, check_bool, check_quant_type, check_threshold, parse_dtype
+from .state import METADATA_KEY, checked_entries, describe, format_metadata
 from .virtual_weight import VirtualWeight
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,13 +67,20 @@ class QuantizedLinear(nn.Linear):
         dense = nn.Linear(in_features, out_features, bool(bias), device=device, dtype=dtype)
         # The bias comes first: transformers takes a model's dtype from its first float parameter.
         self.register_parameter("bias", dense.bias)
-        for name, tensor in self._packed_or_meta(dense.weight.detach()).items():
+        for name, tensor in self.packed(dense.weight).items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
-    def _packed_or_meta(self, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+    def packed(self, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What this layer stores for ``dense``, float[out_features, in_features]: tensors by parameter name, on its
+        device. ValueError for a NaN or an Inf."""
+        dense = dense.detach()
         if dense.is_meta:
-            return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in self.packed_spec().items()}
+            return {
+                name: torch.empty(shape, dtype=dtype, device="meta")
+                for name, (shape, dtype) in self.packed_spec().items()
+            }
         return self._pack(dense if dense.dtype in WEIGHT_DTYPES else dense.float())
+
 
     @classmethod
     def from_linear(cls, module: nn.Module, **settings):
@@ -97,7 +104,13 @@ class QuantizedLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """nn.Linear's random initialisation, quantised."""
-        fresh = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.qweight.device, dtype=self.weight_dtype)
+        fresh = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.qweight.device,
+            dtype=self.weight_dtype,
+        )
         if not self.qweight.is_meta:
             self.quantize_(fresh.weight.detach())
             if self.bias is not None:
@@ -119,25 +132,43 @@ class QuantizedLinear(nn.Linear):
             if not self._parameters["qweight"].is_meta:
                 raise ValueError(f"{self.describe()}: the new weight is on the meta device and has no data")
             return self
-        for name, tensor in self._packed_or_meta(dense.detach()).items():
+        self._fill(self.packed(dense))
+        return self
+
+    def _fill(self, packed: dict[str, torch.Tensor]) -> None:
+        for name, tensor in packed.items():
             old = self._parameters[name]
             if old.device == tensor.device and not old.is_inference():
                 old.copy_(tensor)
             else:
                 self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        return self
 
     def _check_dense(self, dense) -> None:
         if not isinstance(dense, torch.Tensor) or not dense.is_floating_point():
             raise TypeError(f"{self.describe()}: the new weight is {describe(dense)}, expected a float tensor")
         if tuple(dense.shape) != (self.out_features, self.in_features):
-            raise ValueError(f"{self.describe()}: the new weight has shape {list(dense.shape)}, "
-                             f"expected {[self.out_features, self.in_features]}")
+            raise ValueError(
+                f"{self.describe()}: the new weight has shape {list(dense.shape)}, "
+                f"expected {[self.out_features, self.in_features]}"
+            )
 
+    @torch.no_grad()
     def assign_weight(self, dense: torch.Tensor) -> None:
-        """What ``layer.weight = dense`` and ``layer.weight.data = dense`` do: requantise, and report its dtype from now on."""
+        """What ``layer.weight = dense`` and ``layer.weight.data = dense`` do: requantise, and report its dtype.
+
+        Another layer's ``weight`` in the same format is taken over byte by byte, and the layer's own changes nothing
+        (PEFT assigns it when it unloads): requantising int8 or double-quantised scales could move them by an ulp.
+        """
         if isinstance(dense, VirtualWeight):
-            dense = dense._layer.dequantize(dense.dtype)
+            other = dense._layer
+            if other is self:
+                return
+            alike = other.packed_spec() == self.packed_spec() and other.format() == self.format()
+            if alike and not other.qweight.is_meta:
+                self._fill({name: other._parameters[name].detach().clone() for name in self.packed_spec()})
+                self.weight_dtype = other.weight_dtype
+                return
+            dense = other.dequantize()
         self._check_dense(dense)
         # A plain view: requantising from a DenseWeight must not look like an operation on it.
         with torch._C.DisableTorchFunctionSubclass():
@@ -170,7 +201,7 @@ class QuantizedLinear(nn.Linear):
     # ------------------------------------------------------------------ nn.Module's machinery
 
     def _apply(self, fn, recurse=True):
-        """Moves and casts. A move applies to every tensor, a cast to the bias and to the dtype that ``weight`` reports."""
+        """A move applies to every tensor, a cast only to the bias and to the dtype that ``weight`` reports."""
         packed = {id(self._parameters[name]) for name in self.packed_spec()}
 
         def moved_not_cast(tensor):
@@ -189,35 +220,9 @@ class QuantizedLinear(nn.Linear):
         if metadata is not None:
             metadata.setdefault(prefix[:-1], {})[METADATA_KEY] = format_metadata(self)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        name = prefix[:-1] or type(self).__name__
-        entries = {key[len(prefix):]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        try:
-            packed, used, missing = read_state(self, entries, local_metadata.get(METADATA_KEY), name)
-            bias = entries.get("bias")
-            if self.bias is not None and "bias" in entries and getattr(bias, "shape", None) != self.bias.shape:
-                raise ValueError(f"{name}.bias: got {describe(bias)}, wanted shape {list(self.bias.shape)}")
-            if "qweight_source" in packed:  # a dense weight
-                packed = self._quantize_entry(packed["qweight_source"], name)
-        except (ValueError, TypeError) as error:
-            error_msgs.append(str(error))
-            return
-        if self.bias is not None and "bias" not in entries:
-            missing = ["bias", *missing]
-        missing_keys += [prefix + key for key in missing]
-        own = {"bias"} if self.bias is not None else set()
-        unexpected_keys += [prefix + key for key in entries if key not in used | own and key.partition(".")[0] not in self._modules]
-        checked = {prefix + key: value for key, value in packed.items()}
-        checked |= {prefix + key: entries[key] for key in own if key in entries}
-        super()._load_from_state_dict(checked, prefix, local_metadata, False, [], [], error_msgs)
-
-    def _quantize_entry(self, weight: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
-        if weight.is_meta:
-            return {}
-        try:
-            return self._packed_or_meta(weight.detach())
-        except ValueError as error:
-            raise ValueError(f"{name}.weight: {error}") from None
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        entries = checked_entries(self, state_dict, prefix, metadata, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(entries, prefix, metadata, False, [], [], error_msgs)
 
     # ------------------------------------------------------------------ settings
 
@@ -231,12 +236,17 @@ class QuantizedLinear(nn.Linear):
         self._compute_dtype = parse_dtype(value, f"{type(self).__name__}.compute_dtype")
 
     def describe(self) -> str:
-        """"Linear4bit(4096, 1024, nf4)" for messages."""
-        return f"{type(self).__name__}({self.in_features}, {self.out_features}, {self.format().get('quant_type', 'int8')})"
+        """For messages: "Linear4bit(4096, 1024, nf4)"."""
+        quant_type = self.format().get("quant_type", "int8")
+        return f"{type(self).__name__}({self.in_features}, {self.out_features}, {quant_type})"
 
     def extra_repr(self) -> str:
-        settings = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None,
-                    **self._extra_settings()}
+        settings = {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            **self._extra_settings(),
+        }
         if self.compute_dtype is not None:
             settings["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return ", ".join(f"{name}={value}" for name, value in settings.items())
@@ -260,8 +270,19 @@ class Linear4bit(QuantizedLinear):
     ``from_linear`` quantises a layer there is. Raises TypeError and ValueError for bad settings.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, quant_type: str = "nf4", blocksize: int = 64,
-                 double_quant: bool = False, compute_dtype=None, weight_dtype: torch.dtype | None = None, device=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = False,
+        compute_dtype=None,
+        weight_dtype: torch.dtype | None = None,
+        device=None,
+    ):
         nn.Module.__init__(self)  # not nn.Linear's, which would register a dense weight
         self._quant_type = check_quant_type(quant_type)
         self._blocksize = check_blocksize(blocksize)
@@ -279,8 +300,10 @@ class Linear4bit(QuantizedLinear):
         blocks = math.ceil(n * k / blocksize)
         whole = k % blocksize == 0
         scales = (n, k // blocksize) if whole else (blocks,)
-        spec = {"qweight": ((n, k // 2) if whole else (math.ceil(n * k / 2),), torch.uint8),
-                "absmax": (scales, torch.uint8 if self._double_quant else torch.float32)}
+        spec = {
+            "qweight": ((n, k // 2) if whole else (math.ceil(n * k / 2),), torch.uint8),
+            "absmax": (scales, torch.uint8 if self._double_quant else torch.float32),
+        }
         if self._double_quant:
             spec["absmax2"] = ((math.ceil(blocks / 256),), torch.float32)
             spec["absmax_offset"] = ((1,), torch.float32)
@@ -296,15 +319,30 @@ class Linear4bit(QuantizedLinear):
     def _unpack(self, dtype):
         tensors = self._parameters
         return ops.dequantize_4bit(
-            tensors["qweight"], tensors["absmax"], (self.out_features, self.in_features), absmax2=tensors.get("absmax2"),
-            absmax_offset=tensors.get("absmax_offset"), quant_type=self._quant_type, blocksize=self._blocksize, dtype=dtype)
+            tensors["qweight"],
+            tensors["absmax"],
+            (self.out_features, self.in_features),
+            absmax2=tensors.get("absmax2"),
+            absmax_offset=tensors.get("absmax_offset"),
+            quant_type=self._quant_type,
+            blocksize=self._blocksize,
+            dtype=dtype,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tensors = self._parameters  # not self.qweight: nn.Module's lookup costs a microsecond
         return ops.linear4bit(
-            x, tensors["qweight"], tensors["absmax"], self.out_features, tensors["bias"], absmax2=tensors.get("absmax2"),
-            absmax_offset=tensors.get("absmax_offset"), quant_type=self._quant_type, blocksize=self._blocksize,
-            compute_dtype=self._compute_dtype)
+            x,
+            tensors["qweight"],
+            tensors["absmax"],
+            self.out_features,
+            tensors["bias"],
+            absmax2=tensors.get("absmax2"),
+            absmax_offset=tensors.get("absmax_offset"),
+            quant_type=self._quant_type,
+            blocksize=self._blocksize,
+            compute_dtype=self._compute_dtype,
+        )
 
     def _extra_settings(self):
         return {"quant_type": self._quant_type, "blocksize": self._blocksize, "double_quant": self._double_quant}
@@ -328,19 +366,29 @@ class Linear8bitLt(QuantizedLinear):
     """A linear layer whose weight is stored as int8 with a scale per row, multiplied as LLM.int8() does.
 
     ``forward``: x float[..., in_features] -> [..., out_features] in x's dtype. Each row of x is quantised to int8 by
-    its own absmax; elements with ``|x| >= threshold`` are multiplied in float instead (Dettmers et al. 2022, section 3;
-    per row, so that a row's result does not depend on its neighbours). The int8 product is exact.
+    its own absmax; columns of x that hold an element with ``|x| >= threshold`` are multiplied in float instead
+    (Dettmers et al. 2022, section 3), or with ``bnbq.set_batch_invariant(True)`` those elements alone, so that a row's
+    result does not depend on its neighbours. The int8 product is exact.
 
     Args:
         threshold: 6.0 by default; 0 for none.
         blocksize: 0 (default) is one scale per row; 32, 64 ... 4096 is one per that many columns of a row.
+        compute_dtype: inputs are rounded to it first; None (default) is the input's dtype.
         weight_dtype, device: as in ``Linear4bit``.
-
-    ``compute_dtype`` may be assigned: inputs are then rounded to it first.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, threshold: float = 6.0, blocksize: int = 0,
-                 compute_dtype=None, weight_dtype: torch.dtype | None = None, device=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        threshold: float = 6.0,
+        blocksize: int = 0,
+        compute_dtype=None,
+        weight_dtype: torch.dtype | None = None,
+        device=None,
+    ):
         nn.Module.__init__(self)
         self.threshold = threshold
         self._blocksize = check_blocksize(blocksize, per_row=True)
@@ -360,8 +408,13 @@ class Linear8bitLt(QuantizedLinear):
     @property
     def state(self) -> SimpleNamespace:
         """For code that knows bitsandbytes' ``state``: SCB holds the scales. What is assigned to it is forgotten."""
-        return SimpleNamespace(SCB=self._parameters["absmax"], CB=None, CxB=None, has_fp16_weights=False,
-                               threshold=self._threshold)
+        return SimpleNamespace(
+            SCB=self._parameters["absmax"], CB=None, CxB=None, has_fp16_weights=False, threshold=self._threshold
+        )
+
+    @state.setter
+    def state(self, value) -> None:
+        """PEFT hands the state of the layer that it wraps on to the layer."""
 
     def packed_spec(self):
         n, k = self.out_features, self.in_features
@@ -376,14 +429,22 @@ class Linear8bitLt(QuantizedLinear):
         return {"qweight": qweight, "absmax": absmax}
 
     def _unpack(self, dtype):
-        return ops.dequantize_8bit(self._parameters["qweight"], self._parameters["absmax"], blocksize=self._blocksize, dtype=dtype)
+        return ops.dequantize_8bit(
+            self._parameters["qweight"], self._parameters["absmax"], blocksize=self._blocksize, dtype=dtype
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tensors, dtype = self._parameters, self._compute_dtype
         if dtype is not None and dtype != x.dtype:
             x = x.to(dtype).to(x.dtype)
-        return ops.linear8bitlt(x, tensors["qweight"], tensors["absmax"], tensors["bias"],
-                                threshold=self._threshold, blocksize=self._blocksize)
+        return ops.linear8bitlt(
+            x,
+            tensors["qweight"],
+            tensors["absmax"],
+            tensors["bias"],
+            threshold=self._threshold,
+            blocksize=self._blocksize,
+        )
 
     def _extra_settings(self):
         return {"threshold": self._threshold, "blocksize": self._blocksize}
@@ -404,7 +465,9 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2's linear layer), recognised without importing transformers."""
-    return any(base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in type(module).__mro__)
+    return any(
+        base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in type(module).__mro__
+    )
 
 
 def set_compute_dtype(model: nn.Module, dtype) -> int:

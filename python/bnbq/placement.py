@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from . import _bnbq
+
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -25,28 +27,63 @@ def check_device_map(model: torch.nn.Module, device_map, offload_folder=None) ->
     entries = device_map if isinstance(device_map, Mapping) else {"": device_map}
     if not entries:
         raise ValueError("device_map: got an empty dict, expected devices by module name, such as {'': 'cpu'}")
-    names = {name for name, _ in model.named_modules(remove_duplicate=False)} | {name for name, _ in model.named_parameters()}
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)} | {
+        name for name, _ in model.named_parameters()
+    }
     for name, device in entries.items():
         if name not in names:
             raise ValueError(f"device_map: {name!r} is no module of {type(model).__name__}")
         if as_device(device) == "disk":
             check_folder(name, offload_folder)
+        else:
+            check_device_is_there(as_device(device))
     if "" not in entries:
-        lost = [tensor for tensor in model.state_dict() if not any(tensor == name or tensor.startswith(f"{name}.") for name in entries)]
+        lost = [
+            tensor
+            for tensor in model.state_dict()
+            if not any(tensor == name or tensor.startswith(f"{name}.") for name in entries)
+        ]
         if lost:
-            raise ValueError(f"device_map: nothing says where {lost[0]} goes ({len(lost)} tensors in all); name its module, or '' for the rest")
+            raise ValueError(
+                f"device_map: nothing says where {lost[0]} goes ({len(lost)} tensors in all); "
+                "name its module, or '' for the rest"
+            )
 
 
 def as_device(value):
-    """"disk" or a torch.device; a bare int is a CUDA device, as in Accelerate."""
+    """One entry: "disk" or a torch.device; a bare int is a CUDA device, as in Accelerate."""
     if value == "disk":
         return "disk"
     if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
-        raise TypeError(f"device_map: got {value!r}, expected a device such as 'cpu', 'cuda:0', 0 or 'disk', or one of {', '.join(STRATEGIES)}")
+        raise TypeError(
+            f"device_map: got {value!r}, expected a device such as 'cpu', 'cuda:0', 0 or 'disk', "
+            f"or one of {', '.join(STRATEGIES)}"
+        )
     try:
         return torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
     except RuntimeError:
-        raise ValueError(f"device_map: {value!r} is neither a device, nor 'disk', nor one of {', '.join(STRATEGIES)}") from None
+        raise ValueError(
+            f"device_map: {value!r} is neither a device, nor 'disk', nor one of {', '.join(STRATEGIES)}"
+        ) from None
+
+
+def has_cuda_build() -> bool:
+    return bool(_bnbq.build_info()["cuda"])
+
+
+def check_device_is_there(device: torch.device) -> None:
+    """RuntimeError for a device for which this build has no kernels, or that this machine does not have."""
+    if device.type == "cpu":
+        return
+    if device.type != "cuda":
+        raise RuntimeError(f"device_map: got {str(device)!r}, but bnbq has kernels for CPUs and CUDA only")
+    if not has_cuda_build():
+        raise RuntimeError(
+            f"device_map: got {str(device)!r}, but this build of bnbq has no CUDA kernels; expected 'cpu' or 'disk'"
+        )
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise RuntimeError(f"device_map: got {str(device)!r}, but this machine has {count} CUDA devices")
 
 
 def check_folder(module: str, offload_folder) -> None:
@@ -91,7 +128,8 @@ def plan(model: torch.nn.Module, strategy: str, max_memory: dict | None = None) 
     whole = list(getattr(model, "_no_split_modules", None) or [])
     if strategy != "sequential":
         max_memory = accelerate.utils.get_balanced_memory(
-            model, max_memory, no_split_module_classes=whole, low_zero=strategy == "balanced_low_0")
+            model, max_memory, no_split_module_classes=whole, low_zero=strategy == "balanced_low_0"
+        )
     return accelerate.infer_auto_device_map(model, max_memory, no_split_module_classes=whole)
 
 
@@ -106,8 +144,11 @@ def offload(model: torch.nn.Module, modules: list[str], offload_folder) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="bnbq-", dir=offload_folder))
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     inside = tuple(f"{name}." for name in modules if name)
-    tensors = {name: tensor for name, tensor in model.state_dict().items()
-               if "" in modules or name in modules or name.startswith(inside)}
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if "" in modules or name in modules or name.startswith(inside)
+    }
     import_accelerate().utils.offload_state_dict(folder, tensors)
     return folder
 
@@ -116,5 +157,7 @@ def import_accelerate():
     try:
         import accelerate
     except ImportError:
-        raise ImportError("device_map: more than one device, or the disk, needs accelerate: pip install accelerate") from None
+        raise ImportError(
+            "device_map: more than one device, or the disk, needs accelerate: pip install accelerate"
+        ) from None
     return accelerate

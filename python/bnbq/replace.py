@@ -44,8 +44,16 @@ logger = logging.getLogger("bnbq")
 OUTPUT_HEADS = {"lm_head", "embed_out", "head", "heads"}
 CLASSIFIER_HEADS = {"score", "classifier", "classification_head", "qa_outputs"}
 GATES = {"gate", "wg"}
-HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
-         "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 ENOUGH = 0.9
 """Below this part of the bytes that could have been quantised, quantize_model warns."""
 
@@ -69,6 +77,7 @@ def resolve_config(config) -> BnbqConfig:
 
 
 # ------------------------------------------------------------------ which layers
+
 
 def matches(pattern: str, name: str) -> bool:
     """Whether ``pattern`` is a run of whole components of the dotted ``name``."""
@@ -103,7 +112,11 @@ def select(model: torch_nn.Module, config=None, include=(), strict: bool = True)
         impossible = not_replaceable(module)
         if impossible and force == name:
             raise ValueError(f"include: {name} cannot be quantised: {impossible}")
-        reason = impossible or (f"skip_modules: {skip}" if skip else None) or (None if force else keep_reason(name, module, facts))
+        reason = (
+            impossible
+            or (f"skip_modules: {skip}" if skip else None)
+            or (None if force else keep_reason(name, module, facts))
+        )
         if reason:
             kept[name] = reason
         else:
@@ -137,13 +150,25 @@ class Facts:
     def __init__(self, model: torch_nn.Module):
         self.modules = dict(model.named_modules())
         is_hf = hasattr(model, "get_output_embeddings")
-        head = model.get_output_embeddings() if is_hf else None
-        self.heads = {id(module) for module in (head if isinstance(head, (list, tuple)) else [head]) if module is not None}
+        try:
+            head = model.get_output_embeddings() if is_hf else None
+        except NotImplementedError:
+            head = None
+        self.heads = {
+            id(module) for module in (head if isinstance(head, (list, tuple)) else [head]) if module is not None
+        }
         uses = Counter(id(parameter) for module in self.modules.values() for parameter in module._parameters.values())
         self.tied = {identity for identity, count in uses.items() if count > 1}
         declared = getattr(model, "all_tied_weights_keys", None) or {}
-        self.tied_names = {name.removesuffix(".weight") for pair in declared.items() for name in pair} if isinstance(declared, dict) else set()
-        self.fp32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+        self.tied_names = (
+            {name.removesuffix(".weight") for pair in declared.items() for name in pair}
+            if isinstance(declared, dict)
+            else set()
+        )
+        self.fp32 = [
+            *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+        ]
         last = next((name for name, _ in reversed(list(model.named_parameters()))), "")
         self.last = last.rpartition(".")[0] if is_hf else None
 
@@ -160,6 +185,8 @@ def not_replaceable(module: torch_nn.Module) -> str | None:
         return "already quantised"
     if isinstance(module, torch_nn.Linear) and type(module) is not torch_nn.Linear:
         return f"subclass of nn.Linear: {type(module).__module__}.{type(module).__qualname__}"
+    if not isinstance(module._parameters.get("weight"), torch_nn.Parameter):
+        return "its weight is computed, by weight_norm, spectral_norm or pruning"
     return None
 
 
@@ -170,8 +197,11 @@ def keep_reason(name: str, module: torch_nn.Module, facts: Facts) -> str | None:
     if id(module) in facts.heads or parts & OUTPUT_HEADS:
         return "output head"
     parent = next(facts.ancestors(name))[0] if name else None
-    if (any(part == "router" or part.endswith("_router") for part in parts) or last == "shared_expert_gate"
-            or (last in GATES and looks_like_moe(parent))):
+    if (
+        any(part == "router" or part.endswith("_router") for part in parts)
+        or last == "shared_expert_gate"
+        or (last in GATES and looks_like_moe(parent))
+    ):
         return "MoE router"
     if parts & CLASSIFIER_HEADS:
         return "classifier head"
@@ -183,7 +213,9 @@ def keep_reason(name: str, module: torch_nn.Module, facts: Facts) -> str | None:
         return "kept in fp32 by the model"
     if name == facts.last:
         return "last layer"
-    if name and any(hasattr(above, "base_layer") and not rest.startswith("base_layer") for above, rest in facts.ancestors(name)):
+    if name and any(
+        hasattr(above, "base_layer") and not rest.startswith("base_layer") for above, rest in facts.ancestors(name)
+    ):
         return "adapter"
     if "modules_to_save" in parts:
         return "adapter"
@@ -193,10 +225,13 @@ def keep_reason(name: str, module: torch_nn.Module, facts: Facts) -> str | None:
 def looks_like_moe(module: torch_nn.Module) -> bool:
     """Whether a module chooses among experts: it has them, or its class is named so."""
     kind = type(module).__name__.lower()
-    return any("expert" in child for child in (*module._modules, *module._parameters)) or any(word in kind for word in ("moe", "sparse", "expert"))
+    return any("expert" in child for child in (*module._modules, *module._parameters)) or any(
+        word in kind for word in ("moe", "sparse", "expert")
+    )
 
 
 # ------------------------------------------------------------------ replacing
+
 
 def make_layer(module: torch_nn.Module, config=None, device=None) -> nn.QuantizedLinear:
     """A quantised layer for a float one.
@@ -210,8 +245,14 @@ def make_layer(module: torch_nn.Module, config=None, device=None) -> nn.Quantize
     kind = nn.Linear4bit if config.bits == 4 else nn.Linear8bitLt
     if device is not None and torch.device(device).type == "meta":
         weight = nn.dense_weight(module)
-        layer = kind(weight.shape[1], weight.shape[0], module.bias is not None, weight_dtype=weight.dtype, device="meta",
-                     **config.layer_settings())
+        layer = kind(
+            weight.shape[1],
+            weight.shape[0],
+            module.bias is not None,
+            weight_dtype=weight.dtype,
+            device="meta",
+            **config.layer_settings(),
+        )
         if layer.bias is not None:
             layer.bias.requires_grad_(module.bias.requires_grad)
         layer.train(module.training)
@@ -225,8 +266,16 @@ def make_layer(module: torch_nn.Module, config=None, device=None) -> nn.Quantize
     return layer
 
 
-def quantize_model(model: torch_nn.Module, config=None, *, device_map=None, max_memory: dict | None = None,
-                   offload_folder=None, include=(), progress=None) -> Report:
+def quantize_model(
+    model: torch_nn.Module,
+    config=None,
+    *,
+    device_map=None,
+    max_memory: dict | None = None,
+    offload_folder=None,
+    include=(),
+    progress=None,
+) -> Report:
     """Quantise the linear layers of a model in place, and place the model if asked.
 
     Args:
@@ -249,7 +298,10 @@ def quantize_model(model: torch_nn.Module, config=None, *, device_map=None, max_
     it stay quantised, the others are as they were.
     """
     if isinstance(model, torch_nn.Linear) or nn.is_conv1d(model):
-        raise TypeError(f"quantize_model: the model is a {type(model).__name__} and cannot replace itself; use Linear4bit.from_linear")
+        raise TypeError(
+            f"quantize_model: the model is a {type(model).__name__} and cannot replace itself; "
+            "use Linear4bit.from_linear"
+        )
     config = resolve_config(config)
     if device_map is not None:
         from . import placement
@@ -271,8 +323,10 @@ def quantize_model(model: torch_nn.Module, config=None, *, device_map=None, max_
             layer = make_layer(model.get_submodule(name), config)
         except (ValueError, TypeError, RuntimeError) as error:
             kind = next(kind for kind in (ValueError, TypeError, RuntimeError) if isinstance(error, kind))
-            raise kind(f"{name}: {error} ({done} of {len(places)} layers are quantised and stay so; "
-                       "this one and the rest are as they were)") from error
+            raise kind(
+                f"{name}: {error} ({done} of {len(places)} layers are quantised and stay so; "
+                "this one and the rest are as they were)"
+            ) from error
         for place in names:
             parent, _, attribute = place.rpartition(".")
             setattr(model.get_submodule(parent), attribute, layer)
@@ -292,12 +346,17 @@ def check_hooks(model, modules) -> None:
     """A model that Accelerate dispatched computes through hooks, which a new layer would not have."""
     for name, module in modules.items():
         if hasattr(module, "_hf_hook"):
-            raise ValueError(f"{name} has a hook of Accelerate: the model was dispatched with a device_map. Quantise before dispatching "
-                             "(quantize_model takes a device_map), or while loading (from_pretrained with quantization_config)")
+            raise ValueError(
+                f"{name} has a hook of Accelerate: the model was dispatched with a device_map. "
+                "Quantise before dispatching "
+                "(quantize_model takes a device_map), or while loading (from_pretrained with quantization_config)"
+            )
     floats = [name for name, module in modules.items() if not module.weight.is_meta]
     if floats and len(floats) < len(modules):
         name = next(name for name, module in modules.items() if module.weight.is_meta)
-        raise ValueError(f"{name}.weight is on the meta device while {floats[0]}.weight has data; load the whole model first")
+        raise ValueError(
+            f"{name}.weight is on the meta device while {floats[0]}.weight has data; load the whole model first"
+        )
 
 
 def mark(model: torch_nn.Module, config: BnbqConfig) -> None:
@@ -317,8 +376,12 @@ def warn_about_rest(result: Report) -> None:
     others = [row for row in result.rows if not row.quantized and not row.why.startswith(("embedding", "skip_modules"))]
     rest = sum(row.bytes for row in others)
     if rest and quantized < ENOUGH * (quantized + rest):
-        warnings.warn(f"quantize_model: only {quantized / (quantized + rest):.0%} of the parameter bytes outside embeddings were quantised; "
-                      f"the largest left: {largest_unquantized(others)}", stacklevel=3)
+        warnings.warn(
+            f"quantize_model: only {quantized / (quantized + rest):.0%} of the parameter bytes outside embeddings "
+            "were quantised; "
+            f"the largest left: {largest_unquantized(others)}",
+            stacklevel=3,
+        )
 
 
 class Progress:

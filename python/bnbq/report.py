@@ -16,8 +16,8 @@ from torch import nn as torch_nn
 
 from . import _bnbq, nn
 
-
 # ------------------------------------------------------------------ sizes
+
 
 def tensors_of(model: torch_nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every Parameter and buffer once, by its first name."""
@@ -57,27 +57,30 @@ def count_parameters(model: torch_nn.Module, trainable: bool | None = None) -> i
 def print_trainable_parameters(model: torch_nn.Module) -> None:
     """Print one line: trainable and logical parameters, as PEFT does for float models."""
     trainable, total = count_parameters(model, trainable=True), count_parameters(model)
-    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / max(total, 1):.4f}")
+    print(
+        f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / max(total, 1):.4f}"
+    )
 
 
 # ------------------------------------------------------------------ the report
+
 
 @dataclass
 class Row:
     """One module that owns tensors. Tied tensors belong to the first that has them."""
 
     name: str
-    kind: str                    # class name
-    format: str                  # "nf4/64", "nf4/64+dq", "int8/row", "bfloat16"
-    bits: float                  # per logical parameter of the weight, scales included
-    bytes: int                   # of all its tensors
-    parameters: int              # logical
+    kind: str  # class name
+    format: str  # "nf4/64", "nf4/64+dq", "int8/row", "bfloat16"
+    bits: float  # per logical parameter of the weight, scales included
+    bytes: int  # of all its tensors
+    parameters: int  # logical
     quantized: bool
-    why: str                     # for the others: why they are float
+    why: str  # for the others: why they are float
     kernel: str = ""
-    bytes_as_float: int = 0      # what the tensors would take in the layer's float dtype
+    bytes_as_float: int = 0  # what the tensors would take in the layer's float dtype
     linear: bool = False
-    error: float | None = None   # |W - Wq| / |W|, Frobenius, with `against`
+    error: float | None = None  # |W - Wq| / |W|, Frobenius, with `against`
 
 
 @dataclass
@@ -115,8 +118,11 @@ class Report:
             return f"0 of {len(linears)} linear layers quantised, {readable(self.bytes)}"
         formats = sorted({row.format for row in self.quantized})
         kept = [row.name for row in linears if not row.quantized]
-        line = (f"{len(self.quantized)} of {len(linears)} linear layers quantised to {', '.join(formats)}: {self.fraction:.1%} of the bytes, "
-                f"{self.bits:.2f} bits per weight, {readable(self.bytes_as_float)} -> {readable(self.bytes)}")
+        line = (
+            f"{len(self.quantized)} of {len(linears)} linear layers quantised to {', '.join(formats)}: "
+            f"{self.fraction:.1%} of the bytes, "
+            f"{self.bits:.2f} bits per weight, {readable(self.bytes_as_float)} -> {readable(self.bytes)}"
+        )
         return line + (f"; kept: {listed(kept)}" if kept else "")
 
     def text(self, every: bool = False) -> str:
@@ -132,20 +138,39 @@ class Report:
             worst = max((row.error for row in rows if row.error is not None), default=None)
             weights = sum(row.parameters for row in rows)
             bits = sum(row.bits * row.parameters for row in rows) / max(weights, 1)
-            table.append((name + many, kind, form, f"{bits:.2f}" if weights else "", readable(sum(row.bytes for row in rows)),
-                          *(["" if worst is None else f"{worst:.4f}"] if errors else []), kernel or why))
+            table.append(
+                (
+                    name + many,
+                    kind,
+                    form,
+                    f"{bits:.2f}" if weights else "",
+                    readable(sum(row.bytes for row in rows)),
+                    *(["" if worst is None else f"{worst:.4f}"] if errors else []),
+                    kernel or why,
+                )
+            )
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
         return "\n".join([self.summary(), "", *lines])
 
     __str__ = text
 
     def to_dict(self) -> dict:
-        return {"summary": self.summary(), "bytes": self.bytes, "bytes_as_float": self.bytes_as_float, "bits": self.bits,
-                "fraction": self.fraction, "rows": [asdict(row) for row in self.rows]}
+        return {
+            "summary": self.summary(),
+            "bytes": self.bytes,
+            "bytes_as_float": self.bytes_as_float,
+            "bits": self.bits,
+            "fraction": self.fraction,
+            "rows": [asdict(row) for row in self.rows],
+        }
 
 
-def report(model: torch_nn.Module, against: torch_nn.Module | None = None, *, kept: dict[str, str] | None = None) -> Report:
+def report(
+    model: torch_nn.Module, against: torch_nn.Module | None = None, *, kept: dict[str, str] | None = None
+) -> Report:
     """Say for every module that owns tensors what it is, what it takes and why it is float.
 
     Args:
@@ -158,12 +183,19 @@ def report(model: torch_nn.Module, against: torch_nn.Module | None = None, *, ke
     first = {id(tensor): name for name, tensor in tensors_of(model)}
     rows = []
     for name, module in model.named_modules():
-        tensors = {**{k: v for k, v in module._parameters.items() if v is not None}, **{k: v for k, v in module._buffers.items() if v is not None}}
+        tensors = {
+            **{k: v for k, v in module._parameters.items() if v is not None},
+            **{k: v for k, v in module._buffers.items() if v is not None},
+        }
         if not tensors:
             continue
         owned = {k: v for k, v in tensors.items() if first[id(v)] == (f"{name}.{k}" if name else k)}
         tied = [k for k in tensors if k not in owned]
-        row = describe_quantized(name, module) if isinstance(module, nn.QuantizedLinear) else describe_float(name, module, owned, kept)
+        row = (
+            describe_quantized(name, module)
+            if isinstance(module, nn.QuantizedLinear)
+            else describe_float(name, module, owned, kept)
+        )
         if tied and not owned:
             row.why = f"tied to {first[id(tensors[tied[0]])]}"
         if against is not None and row.quantized:
@@ -177,8 +209,19 @@ def describe_quantized(name: str, layer: nn.QuantizedLinear) -> Row:
     weights = layer.in_features * layer.out_features
     bias = 0 if layer.bias is None else layer.bias.numel() * layer.bias.element_size()
     count = weights + (0 if layer.bias is None else layer.bias.numel())
-    return Row(name, type(layer).__name__, format_name(layer), 8 * packed / max(weights, 1), packed + bias, count, True, "",
-               explain(layer).kernel, weights * layer.weight_dtype.itemsize + bias, True)
+    return Row(
+        name,
+        type(layer).__name__,
+        format_name(layer),
+        8 * packed / max(weights, 1),
+        packed + bias,
+        count,
+        True,
+        "",
+        explain(layer).kernel,
+        weights * layer.weight_dtype.itemsize + bias,
+        True,
+    )
 
 
 def describe_float(name: str, module: torch_nn.Module, owned: dict, kept: dict) -> Row:
@@ -191,12 +234,25 @@ def describe_float(name: str, module: torch_nn.Module, owned: dict, kept: dict) 
         why = kept.get(name, "not quantised")
     elif isinstance(module, (torch_nn.Embedding, torch_nn.EmbeddingBag)):
         why = "embedding"
-    elif any(tensor.dim() >= 3 for key, tensor in owned.items() if key in module._parameters and "expert" in f"{name}.{key}"):
+    elif any(
+        tensor.dim() >= 3 for key, tensor in owned.items() if key in module._parameters and "expert" in f"{name}.{key}"
+    ):
         why = "3-D expert weights, not a linear layer"
     else:
         why = "buffers" if not count else "not a linear layer"
-    return Row(name, type(module).__name__, "/".join(dtypes), 8 * size / max(numbers, 1), size, count, False, why,
-               "", size, linear)
+    return Row(
+        name,
+        type(module).__name__,
+        "/".join(dtypes),
+        8 * size / max(numbers, 1),
+        size,
+        count,
+        False,
+        why,
+        "",
+        size,
+        linear,
+    )
 
 
 def format_name(layer: nn.QuantizedLinear) -> str:
@@ -222,7 +278,9 @@ def relative_error(name: str, layer: nn.QuantizedLinear, against: torch_nn.Modul
     except (AttributeError, TypeError) as error:
         raise ValueError(f"report: against has no linear layer {name!r}: {error}") from None
     if tuple(weight.shape) != (layer.out_features, layer.in_features):
-        raise ValueError(f"report: {name} is {[layer.out_features, layer.in_features]}, in against it is {list(weight.shape)}")
+        raise ValueError(
+            f"report: {name} is {[layer.out_features, layer.in_features]}, in against it is {list(weight.shape)}"
+        )
     if weight.is_meta or layer.qweight.is_meta:
         return None
     weight = weight.float()
@@ -232,7 +290,7 @@ def relative_error(name: str, layer: nn.QuantizedLinear, against: torch_nn.Modul
 
 
 def largest_unquantized(rows: list[Row], count: int = 3) -> str:
-    """"model.layers.*.mlp.experts (5.2 GB, 3-D expert weights ...)" for a warning; like-named rows are added up."""
+    """For a warning: "model.layers.*.mlp.experts (5.2 GB, 3-D expert weights ...)"; like-named rows are added up."""
     sums = {}
     for row in rows:
         key = re.sub(r"\b\d+\b", "*", row.name) or "(the model itself)", row.why
@@ -256,17 +314,23 @@ def listed(names: list[str], most: int = 4) -> str:
 
 # ------------------------------------------------------------------ kernels
 
+
 @dataclass
 class Explanation:
     """Which kernel a layer runs, and why: ``str(explanation)`` is a few lines."""
 
     layer: str
-    kernel: str           # "q4 avx512", "q4 scalar, blocks cross rows", "none: on meta"
+    kernel: str  # "q4 avx512", "q4 scalar, blocks cross rows", "none: on meta"
     compute_dtype: str
     reasons: list[str]
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.layer}: {self.kernel}, computes in {self.compute_dtype}", *(f"  {reason}" for reason in self.reasons)])
+        return "\n".join(
+            [
+                f"{self.layer}: {self.kernel}, computes in {self.compute_dtype}",
+                *(f"  {reason}" for reason in self.reasons),
+            ]
+        )
 
 
 def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
@@ -297,17 +361,26 @@ def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
     used = next(i for i, row in enumerate(rows) if row["in_use"])
     row, kernel = rows[used], f"{family} {rows[used]['isa']}"
     reasons = [f"needs {' '.join(row['needs'])}, which this CPU has" if row["needs"] else "runs on every CPU"]
-    for faster in rows[used + 1:]:
+    for faster in rows[used + 1 :]:
         missing = faster["missing"]
-        reasons.append(f"not {faster['isa']}: " + (f"this CPU lacks {' '.join(missing)}" if missing else "capped by BNBQ_ISA or set_isa"))
+        reasons.append(
+            f"not {faster['isa']}: "
+            + (f"this CPU lacks {' '.join(missing)}" if missing else "capped by BNBQ_ISA or set_isa")
+        )
     if four and layer.in_features % layer.blocksize:
         kernel += ", blocks cross rows"
-        reasons.append(f"in_features {layer.in_features} is no multiple of blocksize {layer.blocksize}: the generic path decodes "
-                       "the rows to fp32 first (correct, not fast)")
+        reasons.append(
+            f"in_features {layer.in_features} is no multiple of blocksize {layer.blocksize}: the generic path decodes "
+            "the rows to fp32 first (correct, not fast)"
+        )
     elif four and dtype == "bfloat16":
         reasons.append(bfloat16_reason(row.get("bf16_min_m"), m))
     if not four:
-        reasons.append(f"activations of at least {layer.threshold:g} are multiplied in float" if layer.threshold else "no outliers: threshold is 0")
+        reasons.append(
+            f"activations of at least {layer.threshold:g} are multiplied in float"
+            if layer.threshold
+            else "no outliers: threshold is 0"
+        )
     return Explanation(layer.describe(), kernel, dtype, reasons)
 
 

@@ -15,7 +15,7 @@ METADATA_KEY = "bnbq"
 
 
 def describe(tensor) -> str:
-    """"uint8 [64, 32]" for messages."""
+    """For messages: "uint8 [64, 32]"."""
     if not isinstance(tensor, torch.Tensor):
         return f"a {type(tensor).__name__}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
@@ -24,6 +24,33 @@ def describe(tensor) -> str:
 def format_metadata(layer) -> dict:
     """The entry that a layer puts into ``state_dict()._metadata``: plain numbers and strings."""
     return {"version": VERSION, **layer.format()}
+
+
+def checked_entries(layer, state_dict, prefix: str, metadata: dict, missing: list, unexpected: list, errors: list):
+    """The entries of ``state_dict`` for ``layer``, as nn.Module's own loading takes them.
+
+    Full names -> tensors of exactly the dtype and shape of the layer's Parameters, or {} if something is wrong: the
+    message is then in ``errors`` and nothing may be changed. Fills ``missing`` and ``unexpected`` with full names.
+    """
+    name = prefix[:-1] or type(layer).__name__
+    entries = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    try:
+        packed, used, absent = read_state(layer, entries, metadata.get(METADATA_KEY), name)
+        if layer.bias is None:
+            bias = {}
+        elif "bias" not in entries:
+            bias, absent = {}, ["bias", *absent]
+        else:
+            bias = {"bias": entries["bias"]}
+            if not isinstance(bias["bias"], torch.Tensor) or bias["bias"].shape != layer.bias.shape:
+                raise ValueError(f"{name}.bias: got {describe(bias['bias'])}, wanted shape {list(layer.bias.shape)}")
+    except (ValueError, TypeError) as error:
+        errors.append(str(error))
+        return {}
+    missing += [prefix + key for key in absent]
+    used = used | bias.keys()
+    unexpected += [prefix + key for key in entries if key not in used and key.partition(".")[0] not in layer._modules]
+    return {prefix + key: value for key, value in {**packed, **bias}.items()}
 
 
 def read_state(layer, tensors: dict, metadata, name: str) -> tuple[dict, set, list]:
@@ -39,21 +66,20 @@ def read_state(layer, tensors: dict, metadata, name: str) -> tuple[dict, set, li
     names of the entries they come from, and the names that are absent. Raises ValueError saying what came and
     what is wanted.
     """
-    native = {key for key in tensors if key in ("qweight", "absmax", "absmax2", "absmax_offset")}
-    dense = {key for key in tensors if key == "weight"}
+    native = tensors.keys() & {"qweight", "absmax", "absmax2", "absmax_offset"}
     foreign = {key for key in tensors if key.startswith("weight.") or key in ("SCB", "weight_format")}
-    if dense and not foreign and isinstance(tensors["weight"], torch.Tensor) and not tensors["weight"].is_floating_point():
-        raise ValueError(f"{name}.weight: got {describe(tensors['weight'])} without the scales that bitsandbytes stores beside it; "
-                         "wanted a float weight to quantise, or all of the layer's entries")
-    if native and (dense or foreign):
-        raise ValueError(f"{name}: the state dict has {', '.join(sorted(native))} and also {', '.join(sorted(dense | foreign))}; "
-                         "wanted one description of the weight")
+    other = foreign | (tensors.keys() & {"weight"})
+    if native and other:
+        raise ValueError(
+            f"{name}: the state dict has {', '.join(sorted(native))} and also {', '.join(sorted(other))}; "
+            "wanted one description of the weight"
+        )
     if native:
         return read_native(layer, tensors, native, metadata, name)
     if foreign:
-        return read_bnb(layer, tensors, dense | foreign, name), dense | foreign, []
-    if dense:
-        return {"qweight_source": read_dense(layer, tensors["weight"], name)}, dense, []
+        return read_bnb(layer, tensors, other, name), other, []
+    if other:
+        return read_dense(layer, tensors["weight"], name), other, []
     return {}, set(), list(layer.packed_spec())
 
 
@@ -63,20 +89,27 @@ def read_native(layer, tensors: dict, present: set, metadata, name: str) -> tupl
     spec = layer.packed_spec()
     stored_double = bool(present & {"absmax2", "absmax_offset"})
     if hasattr(layer, "double_quant") and stored_double != layer.double_quant:
-        raise ValueError(f"{name}: the state dict is {'double' if stored_double else 'not double'} quantised "
-                         f"({', '.join(f'{key} {describe(tensors[key])}' for key in sorted(present))}), the layer has "
-                         f"double_quant={layer.double_quant}; build it with double_quant={stored_double}")
+        raise ValueError(
+            f"{name}: the state dict is {'double' if stored_double else 'not double'} quantised "
+            f"({', '.join(f'{key} {describe(tensors[key])}' for key in sorted(present))}), the layer has "
+            f"double_quant={layer.double_quant}; build it with double_quant={stored_double}"
+        )
     missing = [key for key in spec if key not in present]
     if missing:
-        raise ValueError(f"{name}: the state dict has {', '.join(sorted(present))} but not {', '.join(missing)}; wanted all of {', '.join(spec)}")
+        raise ValueError(
+            f"{name}: the state dict has {', '.join(sorted(present))} but not {', '.join(missing)}; "
+            f"wanted all of {', '.join(spec)}"
+        )
     extra = sorted(present - set(spec))
     if extra:
         raise ValueError(f"{name}: unexpected {', '.join(extra)}; wanted {', '.join(spec)}")
     for key, (shape, dtype) in spec.items():
         value = tensors[key]
         if not isinstance(value, torch.Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
-            raise ValueError(f"{name}.{key}: got {describe(value)}, wanted {str(dtype).removeprefix('torch.')} {list(shape)} "
-                             f"({layer.describe()})")
+            raise ValueError(
+                f"{name}.{key}: got {describe(value)}, wanted {str(dtype).removeprefix('torch.')} {list(shape)} "
+                f"({layer.describe()})"
+            )
     return {key: tensors[key] for key in spec}, present, []
 
 
@@ -84,19 +117,32 @@ def check_metadata(layer, metadata: dict, name: str) -> None:
     """The format recorded with the bytes against the layer's."""
     version = metadata.get("version", VERSION)
     if not isinstance(version, int) or version > VERSION:
-        raise ValueError(f"{name}: the state dict has format version {version!r}, this bnbq knows {VERSION}: upgrade bnbq")
+        raise ValueError(
+            f"{name}: the state dict has format version {version!r}, this bnbq knows {VERSION}: upgrade bnbq"
+        )
     for key, wanted in layer.format().items():
         came = metadata.get(key, wanted)
         if came != wanted:
-            raise ValueError(f"{name}: the state dict was saved with {key}={came!r}, the layer has {key}={wanted!r}; "
-                             "build the layer with the settings that the state dict was saved with")
+            raise ValueError(
+                f"{name}: the state dict was saved with {key}={came!r}, the layer has {key}={wanted!r}; "
+                "build the layer with the settings that the state dict was saved with"
+            )
 
 
-def read_dense(layer, weight, name: str) -> torch.Tensor:
-    if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != (layer.out_features, layer.in_features):
-        raise ValueError(f"{name}.weight: got {describe(weight)}, wanted a float weight of shape "
-                         f"{[layer.out_features, layer.in_features]}")
-    return weight
+def read_dense(layer, weight, name: str) -> dict:
+    """A float weight, quantised where it lies."""
+    shape = [layer.out_features, layer.in_features]
+    if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
+        raise ValueError(
+            f"{name}.weight: got {describe(weight)} without the scales that bitsandbytes stores beside it; "
+            "wanted a float weight to quantise, or all of the layer's entries"
+        )
+    if not isinstance(weight, torch.Tensor) or list(weight.shape) != shape:
+        raise ValueError(f"{name}.weight: got {describe(weight)}, wanted a float weight of shape {shape}")
+    try:
+        return layer.packed(weight)
+    except ValueError as error:
+        raise ValueError(f"{name}.weight: {error}") from None
 
 
 def read_bnb(layer, tensors: dict, used: set, name: str) -> dict:
@@ -114,10 +160,14 @@ def read_bnb(layer, tensors: dict, used: set, name: str) -> dict:
         packed, settings = checkpoint_bnb.native_from_bnb8(entries, name, shape)
     for key, wanted in layer.format().items():
         if settings.get(key, wanted) != wanted:
-            raise ValueError(f"{name}: bitsandbytes' checkpoint has {key}={settings[key]!r}, the layer has {key}={wanted!r}; "
-                             f"build it with {key}={settings[key]!r}")
+            raise ValueError(
+                f"{name}: bitsandbytes' checkpoint has {key}={settings[key]!r}, the layer has {key}={wanted!r}; "
+                f"build it with {key}={settings[key]!r}"
+            )
     for key, (shape, dtype) in layer.packed_spec().items():
         if tuple(packed[key].shape) != shape or packed[key].dtype != dtype:
-            raise ValueError(f"{name}.{key}: bitsandbytes' checkpoint gives {describe(packed[key])}, wanted "
-                             f"{str(dtype).removeprefix('torch.')} {list(shape)} ({layer.describe()})")
+            raise ValueError(
+                f"{name}.{key}: bitsandbytes' checkpoint gives {describe(packed[key])}, wanted "
+                f"{str(dtype).removeprefix('torch.')} {list(shape)} ({layer.describe()})"
+            )
     return packed

@@ -24,15 +24,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 # What a shell answers itself: attributes and functions that need no values.
-ON_THE_SHELL = frozenset((
-    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "requires_grad", "is_leaf", "grad",
-    "grad_fn", "itemsize", "nbytes", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_mps", "is_xpu", "_version",
-    "output_nr", "retains_grad", "names", "volatile", "_backward_hooks", "_base", "_grad", "is_sparse_csr", "is_vulkan",
-    "is_ipu", "is_hpu", "is_xla", "is_ort", "is_maia", "is_mtia",
-    "size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset", "element_size", "is_contiguous", "__len__",
-    "is_floating_point", "is_complex", "is_signed", "is_inference", "is_shared", "get_device", "__hash__", "is_same_size",
-    "_is_view", "is_conj", "is_neg", "has_names", "is_nonzero_static",
-))
+_ATTRIBUTES = """
+    shape dtype device ndim layout names itemsize nbytes grad grad_fn requires_grad is_leaf retains_grad output_nr
+    is_cpu is_cuda is_meta is_mps is_xpu is_hpu is_ipu is_xla is_maia is_mtia is_vulkan is_mkldnn is_nested is_quantized
+    is_sparse is_sparse_csr volatile _version _base _grad _backward_hooks _is_view
+    size dim ndimension numel nelement stride storage_offset element_size is_contiguous get_device has_names
+    is_floating_point is_complex is_signed is_conj is_neg is_inference is_shared is_same_size __len__ __hash__
+"""
+ON_THE_SHELL = frozenset(_ATTRIBUTES.split())
 
 
 class QuantState(NamedTuple):
@@ -49,26 +48,33 @@ class DenseWeight(torch.Tensor):
     """A dequantised weight that requantises its layer when it is written to. Made by ``DenseWeight.of``."""
 
     _owner = None  # weak reference to the layer
-    _root = None   # for a view, the whole weight that it is a view of
+    _root = None  # for a view, the whole weight that it is a view of
 
     @staticmethod
     def of(layer) -> DenseWeight:
         """The layer's weight [n, k] in its ``weight_dtype``. Ordinary even inside ``torch.inference_mode``,
         whose tensors have no version counter and would hide that they were written to."""
-        with torch.inference_mode(False), torch.no_grad():
-            dense = layer.dequantize().as_subclass(DenseWeight)
-        dense._owner = weakref.ref(layer)
-        return dense
+        with torch.inference_mode(False):
+            dense = layer.dequantize()
+        return _writable(dense, weakref.ref(layer), None)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         # A list: a tensor must be compared by identity, and the same one twice does no harm.
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, DenseWeight) and leaf._owner is not None]
+        given = [
+            leaf
+            for leaf in pytree.tree_leaves((args, kwargs))
+            if isinstance(leaf, DenseWeight) and leaf._owner is not None
+        ]
         with torch._C.DisableTorchFunctionSubclass():
             before = [tensor._version for tensor in given]
             result = func(*args, **kwargs)
-            written = {id(tensor._whole()): tensor for tensor, version in zip(given, before) if tensor._version != version}
+            written = {
+                id(tensor._whole()): tensor
+                for tensor, version in zip(given, before, strict=True)
+                if tensor._version != version
+            }
             for tensor in written.values():
                 tensor._write_back()
             if not given or not isinstance(result, (torch.Tensor, list, tuple, dict)):
@@ -104,9 +110,15 @@ def _follow(result: torch.Tensor, given: list[DenseWeight]) -> torch.Tensor:
         return result
     for source in given:
         if result.device == source.device and result.device.type != "meta" and _storage(result) == _storage(source):
-            view = result.as_subclass(DenseWeight)
-            view._owner, view._root = source._owner, source._whole()
-            return view
+            return _writable(result, source._owner, source._whole())
+    return result
+
+
+def _writable(tensor: torch.Tensor, owner, root) -> DenseWeight:
+    # Not as_subclass, which makes a view: autograd forbids an in-place operation with a delta that requires
+    # a gradient on a view made under no_grad. As with a parameter's data, the graph ends here.
+    result = torch.Tensor._make_subclass(DenseWeight, tensor)
+    result._owner, result._root = owner, root
     return result
 
 
@@ -124,14 +136,15 @@ def _read_only(result):
 class VirtualWeight(torch.Tensor):
     """The shell that ``layer.weight`` returns: float[n, k] on the layer's device, without data of its own."""
 
-    _is_param = True            # isinstance(weight, nn.Parameter)
-    _is_hf_initialized = True   # transformers' initialisers leave it alone
+    _is_param = True  # isinstance(weight, nn.Parameter)
+    _is_hf_initialized = True  # transformers' initialisers leave it alone
 
     @staticmethod
     def __new__(cls, layer):
         qweight = layer._parameters["qweight"]
         shell = torch.Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=layer.weight_dtype, device=qweight.device)
+            cls, (layer.out_features, layer.in_features), dtype=layer.weight_dtype, device=qweight.device
+        )
         shell._layer = layer
         return shell
 
@@ -167,7 +180,9 @@ class VirtualWeight(torch.Tensor):
 
     def requires_grad_(self, requires_grad: bool = True):
         if requires_grad:
-            raise RuntimeError(f"{type(self._layer).__name__}: the weight is quantised and cannot be trained; train an adapter on it")
+            raise RuntimeError(
+                f"{type(self._layer).__name__}: the weight is quantised and cannot be trained; train an adapter on it"
+            )
         return self
 
     @classmethod
