@@ -9,8 +9,18 @@ import transformers
 def llama(folder, *, dtype=torch.bfloat16, seed=0, shard=None, tokenizer=True, **changes):
     """A two-layer Llama of about 0.2 M parameters; ``shard`` is save_pretrained's max_shard_size."""
     torch.manual_seed(seed)
-    settings = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                    vocab_size=259, max_position_embeddings=64, bos_token_id=256, eos_token_id=257, pad_token_id=258)
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 259,
+        "max_position_embeddings": 64,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+    }
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes})).to(dtype)
     return save(model, folder, shard, tokenizer)
 
@@ -25,16 +35,27 @@ def gpt2(folder, dtype=torch.float32):
 def bert(folder, dtype=torch.float32):
     """An encoder with biases everywhere."""
     torch.manual_seed(2)
-    config = transformers.BertConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=259)
+    config = transformers.BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=259
+    )
     return save(transformers.BertForMaskedLM(config).to(dtype), folder)
 
 
 def mixture(folder, dtype=torch.bfloat16):
     """Experts: one tensor each in the file, one for all in the model."""
     torch.manual_seed(3)
-    config = transformers.Qwen3MoeConfig(hidden_size=64, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=2,
-                                         num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2,
-                                         vocab_size=259)
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=259,
+    )
     return save(transformers.Qwen3MoeForCausalLM(config).to(dtype), folder)
 
 
@@ -49,12 +70,15 @@ def save(model, folder, shard=None, tokenizer=False):
 def byte_tokenizer():
     """One token a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(alphabet)} | {"<s>": 256, "</s>": 257, "<pad>": 258}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def edit_config(folder, **changes):

@@ -1,4 +1,4 @@
-"""Against bitsandbytes itself, on the CPU: the same bytes when quantising, and each reads the other's checkpoints bit for bit."""
+"""Against bitsandbytes itself, on the CPU: the same bytes, and each reads the other's checkpoints bit for bit."""
 
 import json
 import warnings
@@ -9,11 +9,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: nothing to compare with")
 
-import cases  # noqa: E402
-import small_models  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import bnbq  # noqa: E402
+import cases  # noqa: E402
+import small_models  # noqa: E402
 from bnbq import nn, ops, reference  # noqa: E402
 
 AUTO = transformers.AutoModelForCausalLM
@@ -30,19 +30,27 @@ KINDS = {
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     transformers.utils.logging.disable_progress_bar()
-    return small_models.llama(tmp_path_factory.mktemp("models") / "llama", hidden_size=128, num_attention_heads=8, num_key_value_heads=4)
+    return small_models.llama(
+        tmp_path_factory.mktemp("models") / "llama", hidden_size=128, num_attention_heads=8, num_key_value_heads=4
+    )
 
 
 def theirs(path, settings, **kwargs):
-    return AUTO.from_pretrained(path, quantization_config=transformers.BitsAndBytesConfig(**settings), device_map={"": "cpu"}, **kwargs)
+    return AUTO.from_pretrained(
+        path, quantization_config=transformers.BitsAndBytesConfig(**settings), device_map={"": "cpu"}, **kwargs
+    )
 
 
 def their_layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))
+    }
 
 
 def their_weight(layer):
-    """What bitsandbytes decodes a layer to, by its plainest code (its AVX-512 kernel is wrong where blocks cross rows)."""
+    """What bitsandbytes decodes a layer to, by its plainest code: its AVX-512 kernel errs where blocks cross rows."""
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         state = layer.weight.quant_state
         absmax = state.absmax
@@ -50,12 +58,17 @@ def their_weight(layer):
             absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
         packed = layer.weight.data.flatten().view(torch.uint8)
         codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[: state.shape.numel()].long()
-        return (state.code[codes] * absmax.float().repeat_interleave(state.blocksize)[: codes.numel()]).view(state.shape).to(state.dtype)
+        return (
+            (state.code[codes] * absmax.float().repeat_interleave(state.blocksize)[: codes.numel()])
+            .view(state.shape)
+            .to(state.dtype)
+        )
     weight = layer.weight
     return functional.int8_vectorwise_dequant(weight.data, weight.SCB if weight.SCB is not None else layer.state.SCB)
 
 
 # ------------------------------------------------------------------ quantising
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
@@ -85,10 +98,7 @@ def test_eight_bit_bytes_of_half_precision_weights(shape):
     packed, absmax, _ = functional.int8_vectorwise_quant(weight.clone())
     ours = ops.quantize_8bit(weight)
     assert torch.equal(ours[1], absmax.float())
-    # bitsandbytes' CPU code scales by 127 * (1 / absmax), ours by 127 / absmax: an ulp, which decides where a value is all but a tie.
-    different = ours[0] != packed
-    assert different.float().mean() < 1e-3 and (ours[0].int() - packed.int()).abs().max() <= 1
-    assert ((weight.double() * 127 / absmax.double()[:, None])[different] % 1 - 0.5).abs().max() < 1e-4 if different.any() else True
+    assert torch.equal(ours[0], packed)
 
 
 def test_double_quantised_scales_are_within_a_code_step():
@@ -105,6 +115,7 @@ def test_double_quantised_scales_are_within_a_code_step():
 
 # ------------------------------------------------------------------ checkpoints
 
+
 @pytest.mark.parametrize("name", KINDS)
 def test_their_checkpoints_load_here(llama, tmp_path, name):
     """Saved before any forward; then written back by us, and loaded by them once more."""
@@ -113,7 +124,10 @@ def test_their_checkpoints_load_here(llama, tmp_path, name):
     stored = load_file(tmp_path / "theirs" / "model.safetensors")
     ours = bnbq.from_pretrained(AUTO, tmp_path / "theirs")
     found = their_layers(model)
-    assert set(found) == {n for n, m in ours.named_modules() if isinstance(m, (nn.Linear4bit, nn.Linear8bitLt))} and len(found) == 14
+    assert (
+        set(found) == {n for n, m in ours.named_modules() if isinstance(m, (nn.Linear4bit, nn.Linear8bitLt))}
+        and len(found) == 14
+    )
     for path, layer in found.items():
         mine = ours.get_submodule(path)
         wanted = their_weight(layer)
@@ -136,7 +150,9 @@ def test_their_checkpoints_load_here(llama, tmp_path, name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_our_checkpoints_load_there(llama, tmp_path, name):
-    ours = AUTO.from_pretrained(llama, quantization_config=bnbq.BnbqConfig(**KINDS[name], checkpoint_format="bitsandbytes"))
+    ours = AUTO.from_pretrained(
+        llama, quantization_config=bnbq.BnbqConfig(**KINDS[name], checkpoint_format="bitsandbytes")
+    )
     ours.save_pretrained(tmp_path)
     model = AUTO.from_pretrained(tmp_path, device_map={"": "cpu"})
     assert model.quantization_method == "bitsandbytes"
@@ -151,7 +167,11 @@ def test_our_checkpoints_load_there(llama, tmp_path, name):
     assert difference < 0.05
 
 
-@pytest.mark.parametrize("settings", [dict(skip_modules=["down_proj"]), dict(include_modules=["lm_head"]), dict(skip_modules=["layers.0"])], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [dict(skip_modules=["down_proj"]), dict(include_modules=["lm_head"]), dict(skip_modules=["layers.0"])],
+    ids=str,
+)
 def test_skips_mean_the_same_there(llama, tmp_path, settings):
     """bitsandbytes' skip list replaces its defaults, ours adds to them: the file must say it their way."""
     config = bnbq.BnbqConfig(bits=4, checkpoint_format="bitsandbytes", **settings)
@@ -165,7 +185,9 @@ def test_skips_mean_the_same_there(llama, tmp_path, settings):
 
 
 def test_their_skip_list_decides_for_their_checkpoints(llama, tmp_path):
-    theirs(llama, dict(KINDS["nf4"], llm_int8_skip_modules=["down_proj"])).save_pretrained(tmp_path)  # quantises lm_head
+    theirs(llama, dict(KINDS["nf4"], llm_int8_skip_modules=["down_proj"])).save_pretrained(
+        tmp_path
+    )  # quantises lm_head
     ours = bnbq.from_pretrained(AUTO, tmp_path)
     assert isinstance(ours.lm_head, nn.Linear4bit) and type(ours.model.layers[0].mlp.down_proj) is torch.nn.Linear
 
@@ -194,7 +216,7 @@ def test_gpt2(tmp_path):
 
 
 def test_file_written_after_a_forward(llama, tmp_path):
-    """On CPUs with AVX-512-BF16 bitsandbytes rewrites its scales in a forward pass and saves those; elsewhere the file is sound."""
+    """With AVX-512-BF16 bitsandbytes rewrites its scales in a forward and saves those; elsewhere the file is sound."""
     for name in ("nf4", "nf4-dq"):
         model = theirs(llama, KINDS[name]).eval()
         wanted = {path: their_weight(layer) for path, layer in their_layers(model).items()}
@@ -216,5 +238,5 @@ def test_nothing_global_changes(llama, tmp_path):
     before = dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
     theirs(llama, KINDS["nf4"]).save_pretrained(tmp_path)
     bnbq.from_pretrained(AUTO, tmp_path)
-    assert (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING) == before
+    assert before == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
     assert their_layers(AUTO.from_pretrained(tmp_path, device_map={"": "cpu"}))

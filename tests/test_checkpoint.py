@@ -3,16 +3,17 @@
 import json
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-import cases  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import bnbq  # noqa: E402
+import cases  # noqa: E402
 from bnbq import checkpoint, checkpoint_bnb, nn, reference  # noqa: E402
 
 SHAPES = [(16, 64), (5, 192), (3, 33), (1, 1), (7, 96)]
@@ -26,8 +27,13 @@ def layer4(n, k, **settings):
 
 def parts_of(layer, **settings):
     return checkpoint_bnb.bnb4_from_native(
-        {name: getattr(layer, name).detach() for name in layer.packed_spec()}, quant_type=layer.quant_type, blocksize=layer.blocksize,
-        shape=(layer.out_features, layer.in_features), dtype=layer.weight_dtype, **settings)
+        {name: getattr(layer, name).detach() for name in layer.packed_spec()},
+        quant_type=layer.quant_type,
+        blocksize=layer.blocksize,
+        shape=(layer.out_features, layer.in_features),
+        dtype=layer.weight_dtype,
+        **settings,
+    )
 
 
 def state_tensor(parts, **changes):
@@ -37,6 +43,7 @@ def state_tensor(parts, **changes):
 
 
 # ------------------------------------------------------------------ bitsandbytes' tensors
+
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -53,7 +60,9 @@ def test_four_bits_there_and_back(shape, quant_type, double_quant, storage):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tensors, settings = checkpoint.native_from_bnb4(parts, "layer", shape)
-    assert settings["double_quant"] == double_quant and settings["dtype"] == torch.bfloat16 and settings["shape"] == shape
+    assert (
+        settings["double_quant"] == double_quant and settings["dtype"] == torch.bfloat16 and settings["shape"] == shape
+    )
     assert set(tensors) == set(layer.packed_spec())
     for name, tensor in tensors.items():
         assert torch.equal(tensor, getattr(layer, name)) and tensor.shape == getattr(layer, name).shape
@@ -63,8 +72,14 @@ def test_four_bits_there_and_back(shape, quant_type, double_quant, storage):
 def test_eight_bits_there_and_back(shape):
     dense = torch.nn.Linear(shape[1], shape[0])
     layer = nn.Linear8bitLt.from_linear(dense)
-    tensors, settings = checkpoint.native_from_bnb8(checkpoint.bnb8_from_native(dict(qweight=layer.qweight, absmax=layer.absmax)), "layer", shape)
-    assert torch.equal(tensors["qweight"], layer.qweight) and torch.equal(tensors["absmax"], layer.absmax) and settings["shape"] == shape
+    tensors, settings = checkpoint.native_from_bnb8(
+        checkpoint.bnb8_from_native(dict(qweight=layer.qweight, absmax=layer.absmax)), "layer", shape
+    )
+    assert (
+        torch.equal(tensors["qweight"], layer.qweight)
+        and torch.equal(tensors["absmax"], layer.absmax)
+        and settings["shape"] == shape
+    )
     old = {"weight": layer.qweight.data, "SCB": layer.absmax.data.half()}  # no weight_format, half-precision scales
     assert torch.equal(checkpoint.native_from_bnb8(old)[0]["absmax"], layer.absmax.half().float())
     with pytest.raises(ValueError, match="one scale per row"):
@@ -83,12 +98,22 @@ def test_tolerated_variants():
     no_dtype = state_tensor(parts, dtype=None)
     for variant in (bare, no_map, no_shape, no_dtype):
         tensors, settings = checkpoint.native_from_bnb4(variant, "layer", (16, 64))
-        assert torch.equal(tensors["qweight"], want[0]) and torch.equal(tensors["absmax"], want[1]) and settings["shape"] == (16, 64)
+        assert (
+            torch.equal(tensors["qweight"], want[0])
+            and torch.equal(tensors["absmax"], want[1])
+            and settings["shape"] == (16, 64)
+        )
     one = layer4(1, 33)
     scalar = {**parts_of(one), "weight.absmax": one.absmax.data.reshape(())}
     assert torch.equal(checkpoint.native_from_bnb4(scalar, "layer", (1, 33))[0]["absmax"], one.absmax)
-    zeros = {**parts, "weight": torch.zeros_like(parts["weight"]), "weight.absmax": torch.zeros_like(parts["weight.absmax"])}
-    tensors, _ = checkpoint.native_from_bnb4(zeros, "layer", (16, 64))  # as CUDA writes an all-zero block: code 0, not 7
+    zeros = {
+        **parts,
+        "weight": torch.zeros_like(parts["weight"]),
+        "weight.absmax": torch.zeros_like(parts["weight.absmax"]),
+    }
+    tensors, _ = checkpoint.native_from_bnb4(
+        zeros, "layer", (16, 64)
+    )  # as CUDA writes an all-zero block: code 0, not 7
     assert not reference.dequantize_4bit(tensors["qweight"].numpy(), tensors["absmax"].numpy(), (16, 64)).any()
 
 
@@ -104,7 +129,11 @@ def test_files_written_after_a_forward_on_a_cpu():
     nested = state_tensor(parts_of(layer4(16, 192, double_quant=True)), nested_dtype="bfloat16")
     with pytest.warns(UserWarning, match="decoded to float32"):
         tensors, settings = checkpoint.native_from_bnb4(nested, "layer", (16, 192))
-    assert tensors["absmax"].dtype == torch.float32 and set(tensors) == {"qweight", "absmax"} and not settings["double_quant"]
+    assert (
+        tensors["absmax"].dtype == torch.float32
+        and set(tensors) == {"qweight", "absmax"}
+        and not settings["double_quant"]
+    )
 
 
 @pytest.mark.parametrize("change", ["map", "blocksize"])
@@ -125,6 +154,7 @@ def test_other_double_quantisation_is_decoded(change):
 
 
 # ------------------------------------------------------------------ save and load
+
 
 class Net(torch.nn.Module):
     """Linears in several formats, a tied pair, buffers of both kinds, an integer parameter."""
@@ -150,8 +180,14 @@ class Net(torch.nn.Module):
 def quantized_net(dtype=torch.float32):
     torch.manual_seed(0)
     net = Net(dtype)
-    for i, (kind, settings) in enumerate([(nn.Linear4bit, dict(double_quant=True, compute_dtype=torch.bfloat16)), (nn.Linear8bitLt, dict(threshold=3.0)),
-                                          (nn.Linear4bit, dict(quant_type="int4", blocksize=32)), (nn.Linear8bitLt, dict(blocksize=32))]):
+    for i, (kind, settings) in enumerate(
+        [
+            (nn.Linear4bit, dict(double_quant=True, compute_dtype=torch.bfloat16)),
+            (nn.Linear8bitLt, dict(threshold=3.0)),
+            (nn.Linear4bit, dict(quant_type="int4", blocksize=32)),
+            (nn.Linear8bitLt, dict(blocksize=32)),
+        ]
+    ):
         net.blocks[i] = kind.from_linear(net.blocks[i], **settings)
     net.odd = nn.Linear4bit.from_linear(net.odd, quant_type="fp4", blocksize=128)
     net.steps += 4
@@ -173,10 +209,19 @@ def test_save_and_load(tmp_path, dtype):
         for one, other in zip(loaded(ids), net(ids), strict=True):
             assert torch.equal(one, other)
         state = net.state_dict()
-        assert all(torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in loaded.state_dict().items())
+        assert all(
+            torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype
+            for name, tensor in loaded.state_dict().items()
+        )
         assert loaded.head.weight is loaded.embed.weight
-        assert loaded.blocks[0].compute_dtype == torch.bfloat16 and loaded.blocks[1].threshold == 3.0 and loaded.blocks[0].weight_dtype == dtype
-        assert not any(p.requires_grad for name, p in loaded.named_parameters() if name.split(".")[-1] in checkpoint.PACKED_NAMES)
+        assert (
+            loaded.blocks[0].compute_dtype == torch.bfloat16
+            and loaded.blocks[1].threshold == 3.0
+            and loaded.blocks[0].weight_dtype == dtype
+        )
+        assert not any(
+            p.requires_grad for name, p in loaded.named_parameters() if name.split(".")[-1] in checkpoint.PACKED_NAMES
+        )
         assert loaded.norm.weight.requires_grad
     checkpoint.save(loaded, tmp_path / "again")
     one, other = load_file(tmp_path / "again" / "model.safetensors"), load_file(tmp_path / "model.safetensors")
@@ -198,7 +243,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
         net.norm.weight.add_(1)
 
     def full(*args, **kwargs):
-        open(args[1], "wb").write(b"half a file")
+        Path(args[1]).write_bytes(b"half a file")
         raise OSError("No space left on device")
 
     import safetensors.torch
@@ -218,8 +263,13 @@ def test_what_cannot_be_saved(tmp_path):
 
 
 def test_checksums():
-    tensors = {"a": torch.arange(10), "b": torch.randn(3, 4).t(), "c": torch.zeros(0), "d": torch.ones(2, dtype=torch.bfloat16),
-               "m": torch.empty(2, device="meta")}
+    tensors = {
+        "a": torch.arange(10),
+        "b": torch.randn(3, 4).t(),
+        "c": torch.zeros(0),
+        "d": torch.ones(2, dtype=torch.bfloat16),
+        "m": torch.empty(2, device="meta"),
+    }
     sums = checkpoint.checksums(tensors)
     import zlib
 

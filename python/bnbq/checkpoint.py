@@ -23,7 +23,13 @@ from pathlib import Path
 import torch
 
 from .checkpoint_bnb import (  # noqa: F401  (the conversions belong to this module's interface)
-    FLOAT_DTYPES, bnb4_from_native, bnb8_from_native, describe, float_dtype, native_from_bnb4, native_from_bnb8,
+    FLOAT_DTYPES,
+    bnb4_from_native,
+    bnb8_from_native,
+    describe,
+    float_dtype,
+    native_from_bnb4,
+    native_from_bnb8,
 )
 
 VERSION = 1
@@ -33,14 +39,25 @@ CRC_PREFIX = "crc32:"
 PACKED_NAMES = ("qweight", "absmax", "absmax2", "absmax_offset")
 """Parameter names of quantised layers."""
 SAFETENSORS_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
-    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
 }
-CARD_LINE = ("This model is quantised with bnbq. Install it and `import bnbq` before `from_pretrained`; "
-             "without that, Transformers only warns and starts from random weights.")
+CARD_LINE = (
+    "This model is quantised with bnbq. Install it and `import bnbq` before `from_pretrained`; "
+    "without that, Transformers only warns and starts from random weights."
+)
 
 
 # ------------------------------------------------------------------ checksums
+
 
 def crc32(tensor: torch.Tensor) -> str:
     """CRC-32 of a tensor's bytes in row-major order, as eight hex digits."""
@@ -52,7 +69,7 @@ def checksums(tensors: dict) -> dict:
     """Name -> CRC-32 for every tensor that has data (not on meta). zlib releases the GIL: two threads help."""
     names = [name for name, tensor in tensors.items() if tensor.device.type != "meta"]
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(names, pool.map(lambda name: crc32(tensors[name]), names)))
+        return dict(zip(names, pool.map(lambda name: crc32(tensors[name]), names), strict=True))
 
 
 def verify_checksums(tensors: dict, recorded: dict, where) -> int:
@@ -64,8 +81,10 @@ def verify_checksums(tensors: dict, recorded: dict, where) -> int:
     actual = checksums(known)
     for name, value in actual.items():
         if value != recorded[name]:
-            raise ValueError(f"{where}: the bytes of {name} are not those that were saved "
-                             f"(CRC-32 {value}, recorded {recorded[name]}): the file is damaged or was edited")
+            raise ValueError(
+                f"{where}: the bytes of {name} are not those that were saved "
+                f"(CRC-32 {value}, recorded {recorded[name]}): the file is damaged or was edited"
+            )
     return len(actual)
 
 
@@ -76,10 +95,13 @@ def checksum_metadata(tensors: dict) -> dict:
 
 def recorded_checksums(metadata: dict | None) -> dict:
     """Name -> CRC-32 from a safetensors file's metadata; {} where a file has none."""
-    return {key.removeprefix(CRC_PREFIX): value for key, value in (metadata or {}).items() if key.startswith(CRC_PREFIX)}
+    return {
+        key.removeprefix(CRC_PREFIX): value for key, value in (metadata or {}).items() if key.startswith(CRC_PREFIX)
+    }
 
 
 # ------------------------------------------------------------------ files
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -122,8 +144,10 @@ def read_headers(files) -> tuple[dict, dict]:
         with opened(path) as file:
             for name, value in recorded_checksums(file.metadata()).items():
                 if recorded.setdefault(name, value) != value:
-                    raise ValueError(f"{path}: records another CRC-32 for {name} than {files[0]}: they are of different checkpoints")
-            for name in file.keys():
+                    raise ValueError(
+                        f"{path}: records another CRC-32 for {name} than {files[0]}: they are of different checkpoints"
+                    )
+            for name in file.keys():  # noqa: SIM118 (the handle is no dict)
                 if name in entries:
                     raise ValueError(f"{name} is in {entries[name].file} and in {path}; which one is meant?")
                 part = file.get_slice(name)
@@ -164,21 +188,34 @@ def write_model_card(directory) -> Path:
     text = path.read_text(encoding="utf-8") if path.exists() else "---\ntags:\n- bnbq\n---\n"
     if CARD_LINE not in text:
         note = f"\n## Loading\n\n{CARD_LINE}\n\n```python\nimport bnbq  # before from_pretrained\n```\n"
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text.rstrip("\n") + "\n" + note, encoding="utf-8"))
+        write_atomically(
+            path, lambda temporary: Path(temporary).write_text(text.rstrip("\n") + "\n" + note, encoding="utf-8")
+        )
     return path
 
 
 # ------------------------------------------------------------------ plain modules
 
+
 def layer_settings(layer) -> dict:
     """What is needed to build a quantised layer again, as JSON: class, sizes, format."""
     from . import nn
 
-    settings = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.bias is not None,
-                "weight_dtype": dtype_name(layer.weight_dtype), "compute_dtype": dtype_name(layer.compute_dtype)}
+    settings = {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "bias": layer.bias is not None,
+        "weight_dtype": dtype_name(layer.weight_dtype),
+        "compute_dtype": dtype_name(layer.compute_dtype),
+    }
     if isinstance(layer, nn.Linear4bit):
-        return {"class": "Linear4bit", **settings, "quant_type": layer.quant_type, "blocksize": layer.blocksize,
-                "double_quant": layer.double_quant}
+        return {
+            "class": "Linear4bit",
+            **settings,
+            "quant_type": layer.quant_type,
+            "blocksize": layer.blocksize,
+            "double_quant": layer.double_quant,
+        }
     return {"class": "Linear8bitLt", **settings, "blocksize": layer.blocksize, "threshold": layer.threshold}
 
 
@@ -190,16 +227,26 @@ def layer_from_settings(settings: dict, where: str, device="meta"):
         raise ValueError(f"{where}: {settings!r} describes no layer of bnbq")
     settings = dict(settings)
     build = getattr(nn, settings.pop("class"))
-    wanted = {"in_features": int, "out_features": int, "bias": bool, "weight_dtype": (str, type(None)),
-              "compute_dtype": (str, type(None)), "blocksize": int}
+    wanted = {
+        "in_features": int,
+        "out_features": int,
+        "bias": bool,
+        "weight_dtype": (str, type(None)),
+        "compute_dtype": (str, type(None)),
+        "blocksize": int,
+    }
     wanted |= {"quant_type": str, "double_quant": bool} if build is nn.Linear4bit else {"threshold": (int, float)}
     for key, kind in wanted.items():
         if key not in settings:
             raise ValueError(f"{where}: no {key!r} in its settings")
-        if not isinstance(settings[key], kind) or (kind is int and (isinstance(settings[key], bool) or settings[key] < 0)):
+        if not isinstance(settings[key], kind) or (
+            kind is int and (isinstance(settings[key], bool) or settings[key] < 0)
+        ):
             raise ValueError(f"{where}: {key} is {settings[key]!r}")
     if set(settings) - set(wanted):
-        raise ValueError(f"{where}: settings this version does not know: {', '.join(sorted(set(settings) - set(wanted)))}")
+        raise ValueError(
+            f"{where}: settings this version does not know: {', '.join(sorted(set(settings) - set(wanted)))}"
+        )
     sizes = settings.pop("in_features"), settings.pop("out_features"), settings.pop("bias")
     for key in ("weight_dtype", "compute_dtype"):
         if key in settings:
@@ -235,8 +282,11 @@ def save(model: torch.nn.Module, directory) -> Path:
             tied[name] = first[key]
         else:
             first[key], tensors[name] = name, tensor
-    layers = {name: layer_settings(module) for name, module in model.named_modules()
-              if isinstance(module, (nn.Linear4bit, nn.Linear8bitLt))}
+    layers = {
+        name: layer_settings(module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear4bit, nn.Linear8bitLt))
+    }
     settings = {"format": "bnbq", "version": VERSION, "layers": layers, "tied": tied}
     text = json.dumps(settings, indent=1, sort_keys=True)
     # The same text goes into the weights' file: one that belongs to another bnbq.json is then noticed.
@@ -273,8 +323,14 @@ def load(model: torch.nn.Module, directory, device=None) -> torch.nn.Module:
     loaded = {}
     with opened(weights) as file:
         for name in entries:
-            goes_to = device or next((d for d in (devices.get(name), devices.get(name.rpartition(".")[0] + ".weight"))
-                                      if d is not None and d.type != "meta"), "cpu")
+            goes_to = device or next(
+                (
+                    d
+                    for d in (devices.get(name), devices.get(name.rpartition(".")[0] + ".weight"))
+                    if d is not None and d.type != "meta"
+                ),
+                "cpu",
+            )
             tensor = file.get_tensor(name)
             verify_checksums({name: tensor}, recorded, weights)
             loaded[name] = tensor.to(goes_to)
@@ -296,11 +352,13 @@ def read_settings(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(settings, dict) or settings.get("format") != "bnbq":
-        raise ValueError(f"{path}: not a bnbq checkpoint (no \"format\": \"bnbq\")")
+        raise ValueError(f'{path}: not a bnbq checkpoint (no "format": "bnbq")')
     if settings.get("version") != VERSION:
-        raise ValueError(f"{path}: version {settings.get('version')!r}; this bnbq reads version {VERSION}. Upgrade bnbq")
+        raise ValueError(
+            f"{path}: version {settings.get('version')!r}; this bnbq reads version {VERSION}. Upgrade bnbq"
+        )
     if not isinstance(settings.get("layers"), dict) or not isinstance(settings.get("tied", {}), dict):
-        raise ValueError(f"{path}: \"layers\" and \"tied\" must be objects")
+        raise ValueError(f'{path}: "layers" and "tied" must be objects')
     settings.setdefault("tied", {})
     return settings
 
@@ -315,7 +373,9 @@ def replace_layer(modules: dict, name: str, layer: torch.nn.Module, where) -> No
     if sizes == (None, None) and type(old).__name__ == "Conv1D":
         sizes = tuple(old.weight.shape)
     if sizes != (layer.in_features, layer.out_features):
-        raise ValueError(f"{where}: {name} is {layer.in_features} -> {layer.out_features}; the model's is {sizes[0]} -> {sizes[1]}")
+        raise ValueError(
+            f"{where}: {name} is {layer.in_features} -> {layer.out_features}; the model's is {sizes[0]} -> {sizes[1]}"
+        )
     layer.train(old.training)
     setattr(modules[parent], leaf, layer)
     modules[name] = layer
@@ -325,8 +385,10 @@ def check_entries(entries: dict, target: dict, where) -> None:
     """A file's headers against the tensors that a model wants: same names, and for packed ones same dtype and shape."""
     missing, extra = sorted(set(target) - set(entries)), sorted(set(entries) - set(target))
     if missing or extra:
-        raise ValueError(f"{where}: {'missing ' + ', '.join(missing[:8]) if missing else 'unexpected ' + ', '.join(extra[:8])}"
-                         f"{' ...' if max(len(missing), len(extra)) > 8 else ''}")
+        raise ValueError(
+            f"{where}: {'missing ' + ', '.join(missing[:8]) if missing else 'unexpected ' + ', '.join(extra[:8])}"
+            f"{' ...' if max(len(missing), len(extra)) > 8 else ''}"
+        )
     for name, entry in entries.items():
         check_entry(entry, target[name], name, packed=name.rpartition(".")[2] in PACKED_NAMES)
 
@@ -334,7 +396,9 @@ def check_entries(entries: dict, target: dict, where) -> None:
 def check_entry(entry: Entry, wanted: torch.Tensor, name: str, packed: bool = True) -> None:
     """One tensor's header: the shape always, the dtype of packed tensors exactly (floats may be cast)."""
     if entry.shape != tuple(wanted.shape) or (packed and entry.dtype != SAFETENSORS_DTYPES.get(wanted.dtype)):
-        raise ValueError(f"{entry.file}: {name} is {entry}; wanted {SAFETENSORS_DTYPES.get(wanted.dtype)} {list(wanted.shape)}")
+        raise ValueError(
+            f"{entry.file}: {name} is {entry}; wanted {SAFETENSORS_DTYPES.get(wanted.dtype)} {list(wanted.shape)}"
+        )
 
 
 def tie_again(model: torch.nn.Module, tied: dict) -> None:

@@ -24,8 +24,15 @@ import torch
 
 from . import reference
 
-BNB4_KEYS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
-             "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
+BNB4_KEYS = (
+    "weight",
+    "weight.absmax",
+    "weight.quant_map",
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    "weight.quant_state.bitsandbytes__nf4",
+    "weight.quant_state.bitsandbytes__fp4",
+)
 BNB8_KEYS = ("weight", "SCB", "weight_format")
 QUANT_STATE = "weight.quant_state.bitsandbytes__"
 BNB_QUANT_TYPES = ("nf4", "fp4")
@@ -67,8 +74,11 @@ def read_quant_state(blob: torch.Tensor, layer: str = "layer") -> dict:
             raise ValueError(f"{where}: nested_offset is {offset!r}; wanted a finite number")
         if type(size) is not int or not 0 < size < 2**31:
             raise ValueError(f"{where}: nested_blocksize is {size!r}; wanted a positive integer")
-        state.update(nested_offset=float(offset), nested_blocksize=size,
-                     nested_dtype=float_dtype(raw.get("nested_dtype", "float32"), f"{where}: nested_dtype"))
+        state.update(
+            nested_offset=float(offset),
+            nested_blocksize=size,
+            nested_dtype=float_dtype(raw.get("nested_dtype", "float32"), f"{where}: nested_dtype"),
+        )
     return state
 
 
@@ -82,7 +92,9 @@ def bnb4_settings(parts: dict, layer: str = "layer") -> dict:
     parts = with_prefix(parts)
     names = [key for key in parts if key.startswith(QUANT_STATE)]
     if len(names) != 1:
-        raise ValueError(f"{layer}: {len(names)} quant_state tensors; wanted exactly one, named {QUANT_STATE}nf4 or __fp4")
+        raise ValueError(
+            f"{layer}: {len(names)} quant_state tensors; wanted exactly one, named {QUANT_STATE}nf4 or __fp4"
+        )
     state = read_quant_state(parts[names[0]], layer)
     if names[0] != QUANT_STATE + state["quant_type"]:
         raise ValueError(f"{layer}: {names[0]} says quant_type {state['quant_type']!r}")
@@ -91,13 +103,17 @@ def bnb4_settings(parts: dict, layer: str = "layer") -> dict:
     nested = "nested_offset" in state
     for key in ("weight.nested_absmax", "weight.nested_quant_map"):
         if nested != (key in parts):
-            raise ValueError(f"{layer}: {key} is {'missing' if nested else 'there'}, but quant_state describes "
-                             f"{'double quantisation' if nested else 'none'}")
+            raise ValueError(
+                f"{layer}: {key} is {'missing' if nested else 'there'}, but quant_state describes "
+                f"{'double quantisation' if nested else 'none'}"
+            )
     state["double_quant"] = nested and keeps_double_quant(state, parts["weight.nested_quant_map"])
     return state
 
 
-def native_from_bnb4(parts: dict, layer: str = "layer", shape: tuple | None = None, notes: list | None = None) -> tuple[dict, dict]:
+def native_from_bnb4(
+    parts: dict, layer: str = "layer", shape: tuple | None = None, notes: list | None = None
+) -> tuple[dict, dict]:
     """bitsandbytes' tensors of a 4-bit layer -> (bnbq's tensors by parameter name, settings).
 
     Args:
@@ -114,7 +130,9 @@ def native_from_bnb4(parts: dict, layer: str = "layer", shape: tuple | None = No
     unknown = sorted(set(parts) - set(BNB4_KEYS))
     missing = [key for key in ("weight", "weight.absmax") if key not in parts]
     if unknown or missing:
-        raise ValueError(f"{layer}: {'missing ' + ', '.join(missing) if missing else 'unexpected ' + ', '.join(unknown)}")
+        raise ValueError(
+            f"{layer}: {'missing ' + ', '.join(missing) if missing else 'unexpected ' + ', '.join(unknown)}"
+        )
     settings = bnb4_settings(parts, layer)
     if settings["shape"] is None:
         settings["shape"] = shape
@@ -126,12 +144,16 @@ def native_from_bnb4(parts: dict, layer: str = "layer", shape: tuple | None = No
     blocks = -(-n * k // settings["blocksize"])
     packed = parts["weight"].contiguous().flatten().view(torch.uint8)
     if packed.numel() != -(-n * k // 2):
-        raise ValueError(f"{layer}: weight is {describe(parts['weight'])}, {packed.numel()} bytes; "
-                         f"wanted {-(-n * k // 2)} for shape {settings['shape']}")
+        raise ValueError(
+            f"{layer}: weight is {describe(parts['weight'])}, {packed.numel()} bytes; "
+            f"wanted {-(-n * k // 2)} for shape {settings['shape']}"
+        )
     absmax, nested = parts["weight.absmax"], "nested_offset" in settings
     if absmax.numel() != blocks:
-        raise ValueError(f"{layer}: absmax has {absmax.numel()} values; wanted {blocks} for shape {settings['shape']} "
-                         f"and blocksize {settings['blocksize']}")
+        raise ValueError(
+            f"{layer}: absmax has {absmax.numel()} values; wanted {blocks} for shape {settings['shape']} "
+            f"and blocksize {settings['blocksize']}"
+        )
     if nested != (absmax.dtype == torch.uint8) or not (nested or absmax.is_floating_point()):
         raise ValueError(f"{layer}: absmax is {describe(absmax)}; wanted {'uint8 codes' if nested else 'float scales'}")
     tensors = {"qweight": packed}
@@ -150,8 +172,16 @@ def native_from_bnb4(parts: dict, layer: str = "layer", shape: tuple | None = No
     return tensors, settings
 
 
-def bnb4_from_native(tensors: dict, *, quant_type: str, blocksize: int, shape: tuple, dtype=None,
-                     quant_storage: torch.dtype = torch.uint8, layer: str = "layer") -> dict:
+def bnb4_from_native(
+    tensors: dict,
+    *,
+    quant_type: str,
+    blocksize: int,
+    shape: tuple,
+    dtype=None,
+    quant_storage: torch.dtype = torch.uint8,
+    layer: str = "layer",
+) -> dict:
     """bnbq's tensors of a 4-bit layer -> what bitsandbytes 0.43 and later load, by the names of ``BNB4_KEYS``.
 
     Args:
@@ -168,15 +198,25 @@ def bnb4_from_native(tensors: dict, *, quant_type: str, blocksize: int, shape: t
             raise ValueError(f"{layer}: {packed.numel()} packed bytes cannot be stored as {quant_storage}")
         packed = packed.view(-1).view(quant_storage).view(-1, 1)
     device = packed.device
-    state = {"quant_type": quant_type, "blocksize": blocksize,
-             "dtype": str(dtype or torch.float32).removeprefix("torch."), "shape": list(shape)}
-    parts = {"weight": packed, "weight.absmax": tensors["absmax"].contiguous().view(-1),
-             "weight.quant_map": codebook(quant_type).to(device)}
+    state = {
+        "quant_type": quant_type,
+        "blocksize": blocksize,
+        "dtype": str(dtype or torch.float32).removeprefix("torch."),
+        "shape": list(shape),
+    }
+    parts = {
+        "weight": packed,
+        "weight.absmax": tensors["absmax"].contiguous().view(-1),
+        "weight.quant_map": codebook(quant_type).to(device),
+    }
     if tensors.get("absmax2") is not None:
         parts["weight.nested_absmax"] = tensors["absmax2"].contiguous()
         parts["weight.nested_quant_map"] = dynamic_map().to(device)
-        state.update(nested_blocksize=reference.ABSMAX_BLOCK, nested_dtype="float32",
-                     nested_offset=float(tensors["absmax_offset"].reshape(())))
+        state.update(
+            nested_blocksize=reference.ABSMAX_BLOCK,
+            nested_dtype="float32",
+            nested_offset=float(tensors["absmax_offset"].reshape(())),
+        )
     blob = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     parts[QUANT_STATE + quant_type] = blob.to(device)
     return parts
@@ -187,7 +227,9 @@ def native_from_bnb8(parts: dict, layer: str = "layer", shape: tuple | None = No
     unknown = sorted(set(parts) - set(BNB8_KEYS))
     missing = [key for key in ("weight", "SCB") if key not in parts]
     if unknown or missing:
-        raise ValueError(f"{layer}: {'missing ' + ', '.join(missing) if missing else 'unexpected ' + ', '.join(unknown)}")
+        raise ValueError(
+            f"{layer}: {'missing ' + ', '.join(missing) if missing else 'unexpected ' + ', '.join(unknown)}"
+        )
     weight, scales = parts["weight"], parts["SCB"]
     if weight.dtype != torch.int8 or weight.dim() != 2:
         raise ValueError(f"{layer}: weight is {describe(weight)}; wanted int8 with two dimensions")
@@ -196,28 +238,40 @@ def native_from_bnb8(parts: dict, layer: str = "layer", shape: tuple | None = No
     if "weight_format" in parts:
         layout = parts["weight_format"]
         if layout.numel() != 1 or int(layout.reshape(())) != 0:
-            raise ValueError(f"{layer}: weight_format is {layout.flatten()[:4].tolist()}; only 0 (\"row\") can be read. "
-                             "Other layouts are GPU-specific; save the model again with bitsandbytes 0.45 or later")
+            raise ValueError(
+                f'{layer}: weight_format is {layout.flatten()[:4].tolist()}; only 0 ("row") can be read. '
+                "Other layouts are GPU-specific; save the model again with bitsandbytes 0.45 or later"
+            )
     if not scales.is_floating_point() or scales.numel() != weight.shape[0]:
         raise ValueError(f"{layer}: SCB is {describe(scales)}; wanted {weight.shape[0]} floats")
     check_scales(scales, f"{layer}: SCB")
-    return ({"qweight": weight.contiguous(), "absmax": scales.reshape(-1).float().contiguous()},
-            {"shape": tuple(weight.shape)})
+    return (
+        {"qweight": weight.contiguous(), "absmax": scales.reshape(-1).float().contiguous()},
+        {"shape": tuple(weight.shape)},
+    )
 
 
 def bnb8_from_native(tensors: dict, *, blocksize: int = 0, layer: str = "layer") -> dict:
     """bnbq's tensors of an 8-bit layer -> bitsandbytes'. Only row-wise scales (blocksize 0) exist there."""
     if blocksize:
-        raise ValueError(f"{layer}: int8 with blocksize {blocksize} cannot be written for bitsandbytes; it has one scale per row")
-    return {"weight": tensors["qweight"], "SCB": tensors["absmax"],
-            "weight_format": torch.zeros((), dtype=torch.uint8, device=tensors["qweight"].device)}
+        raise ValueError(
+            f"{layer}: int8 with blocksize {blocksize} cannot be written for bitsandbytes; it has one scale per row"
+        )
+    return {
+        "weight": tensors["qweight"],
+        "SCB": tensors["absmax"],
+        "weight_format": torch.zeros((), dtype=torch.uint8, device=tensors["qweight"].device),
+    }
 
 
 # ------------------------------------------------------------------ pieces
 
+
 def with_prefix(parts: dict) -> dict:
     """Names as in a state dict: ``absmax`` becomes ``weight.absmax``."""
-    return {key if key == "weight" or key.startswith("weight.") else f"weight.{key}": value for key, value in parts.items()}
+    return {
+        key if key == "weight" or key.startswith("weight.") else f"weight.{key}": value for key, value in parts.items()
+    }
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -246,7 +300,9 @@ def check_codebook(quant_map: torch.Tensor, quant_type: str, layer: str) -> None
     """Codes mean nothing without their codebook: it must be the one that the kernels hold."""
     wanted = codebook(quant_type)
     if quant_map.numel() != 16 or not torch.equal(quant_map.flatten().float().cpu() + 0.0, wanted + 0.0):
-        raise ValueError(f"{layer}: quant_map is not the {quant_type} codebook; files with codebooks of their own cannot be read")
+        raise ValueError(
+            f"{layer}: quant_map is not the {quant_type} codebook; files with codebooks of their own cannot be read"
+        )
 
 
 def check_scales(scales: torch.Tensor, where: str) -> None:
@@ -256,19 +312,25 @@ def check_scales(scales: torch.Tensor, where: str) -> None:
 
 
 def keeps_double_quant(state: dict, nested_quant_map: torch.Tensor) -> bool:
-    return (state["nested_blocksize"] == reference.ABSMAX_BLOCK and state["nested_dtype"] == torch.float32
-            and torch.equal(nested_quant_map.flatten().float().cpu(), dynamic_map()))
+    return (
+        state["nested_blocksize"] == reference.ABSMAX_BLOCK
+        and state["nested_dtype"] == torch.float32
+        and torch.equal(nested_quant_map.flatten().float().cpu(), dynamic_map())
+    )
 
 
 def read_absmax(absmax: torch.Tensor, n: int, layer: str) -> tuple[torch.Tensor, str | None]:
-    """First-level scales as f32, one-dimensional, in the order of the blocks; and a note if they are not what was quantised."""
+    """First-level scales as f32, one-dimensional, in the order of the blocks; and a note if they were spoilt."""
     note = None
     if absmax.dim() == 2 and absmax.dtype != torch.float32:
         if absmax.shape[1] != n:
             raise ValueError(f"{layer}: absmax is {describe(absmax)}; wanted one dimension, or [k / blocksize, {n}]")
-        note = ("bitsandbytes saved this model after a forward pass on a CPU, which rounded its scales to "
-                f"{str(absmax.dtype).removeprefix('torch.')} and transposed them. They are read back in order, but not to full "
-                "precision; if that model had run again after an earlier save, they are lost. Quantise the original model again if you can")
+        note = (
+            "bitsandbytes saved this model after a forward pass on a CPU, which rounded its scales to "
+            f"{str(absmax.dtype).removeprefix('torch.')} and transposed them. They are read back in order, but not "
+            "to full precision; if that model had run again after an earlier save, they are lost. Quantise the "
+            "original model again if you can"
+        )
         absmax = absmax.t()
     absmax = absmax.reshape(-1).float().contiguous()
     check_scales(absmax, f"{layer}: absmax")
@@ -276,7 +338,7 @@ def read_absmax(absmax: torch.Tensor, n: int, layer: str) -> tuple[torch.Tensor,
 
 
 def read_nested(parts: dict, settings: dict, layer: str) -> tuple[dict, str | None]:
-    """Double-quantised scales: kept as codes where bnbq stores the same form, decoded as bitsandbytes does (and a note) otherwise."""
+    """Double-quantised scales, as codes where bnbq stores the same form; else decoded as there, and a note."""
     codes, scales = parts["weight.absmax"].reshape(-1).contiguous(), parts["weight.nested_absmax"].reshape(-1)
     quant_map = parts["weight.nested_quant_map"].reshape(-1)
     size = settings["nested_blocksize"]
@@ -292,10 +354,17 @@ def read_nested(parts: dict, settings: dict, layer: str) -> tuple[dict, str | No
         return {"absmax": codes, "absmax2": scales, "absmax_offset": offset}, None
     dtype = settings["nested_dtype"]
     check_scales(quant_map, f"{layer}: nested_quant_map")
-    why = (f"blocks of {size}" if size != reference.ABSMAX_BLOCK else f"{str(dtype).removeprefix('torch.')} arithmetic" if dtype != torch.float32
-           else "an 8-bit map of its own")
+    why = (
+        f"blocks of {size}"
+        if size != reference.ABSMAX_BLOCK
+        else f"{str(dtype).removeprefix('torch.')} arithmetic"
+        if dtype != torch.float32
+        else "an 8-bit map of its own"
+    )
     decoded = quant_map.float()[codes.long()] * scales.repeat_interleave(size)[: codes.numel()]
     decoded = (decoded.to(dtype) + offset.reshape(())).float()
     check_scales(decoded, f"{layer}: absmax")
-    return {"absmax": decoded}, (f"double quantisation with {why}, which bnbq does not store; the scales are decoded to float32 "
-                                 "(the same values, more memory)")
+    return {"absmax": decoded}, (
+        f"double quantisation with {why}, which bnbq does not store; the scales are decoded to float32 "
+        "(the same values, more memory)"
+    )

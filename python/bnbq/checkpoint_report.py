@@ -50,12 +50,17 @@ class Checkpoint:
             self.config, self.method = self._read_config()
         self.source = shards.Source(self.path)
         self.files = self.source.locate()
-        self.recorded = {name: crc for metadata in self.source.metadata.values()
-                         for name, crc in checkpoint.recorded_checksums(metadata).items()}
+        self.recorded = {
+            name: crc
+            for metadata in self.source.metadata.values()
+            for name, crc in checkpoint.recorded_checksums(metadata).items()
+        }
         suffixes = {"bnbq": (".qweight",), "bitsandbytes": (".weight.absmax", ".SCB")}[self.method]
-        self.names = [key[:-len(suffix)] for key in self.files for suffix in suffixes if key.endswith(suffix)]
+        self.names = [key[: -len(suffix)] for key in self.files for suffix in suffixes if key.endswith(suffix)]
         if not self.names:
-            raise UserError(f"{self.path}: quantised by {self.method} according to its config, but it has no quantised layer")
+            raise UserError(
+                f"{self.path}: quantised by {self.method} according to its config, but it has no quantised layer"
+            )
 
     def _read_config(self):
         path = self.path / "config.json"
@@ -71,13 +76,17 @@ class Checkpoint:
         if method not in ("bnbq", "bitsandbytes"):
             raise UserError(f"{self.path}: quantised by {method}; bnbq's and bitsandbytes' checkpoints are read")
         try:
-            return BnbqConfig.from_dict(settings), "bitsandbytes" if settings.get("checkpoint_format") == "bitsandbytes" else method
+            return BnbqConfig.from_dict(settings), "bitsandbytes" if settings.get(
+                "checkpoint_format"
+            ) == "bitsandbytes" else method
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: quantization_config: {error}") from error
 
     def keys(self, name: str) -> dict[str, str]:
         """Part of the layer -> name in the files; the bias is no part."""
-        known = checkpoint.PACKED_NAMES if self.method == "bnbq" else (*checkpoint_bnb.BNB4_KEYS, *checkpoint_bnb.BNB8_KEYS)
+        known = (
+            checkpoint.PACKED_NAMES if self.method == "bnbq" else (*checkpoint_bnb.BNB4_KEYS, *checkpoint_bnb.BNB8_KEYS)
+        )
         return {part: f"{name}.{part}" for part in dict.fromkeys(known) if f"{name}.{part}" in self.files}
 
     def read(self, name: str) -> dict:
@@ -105,15 +114,26 @@ class Checkpoint:
         elif "SCB" in keys:
             shape = self.source.shapes[keys["weight"]]
         else:
-            small = {part: self.source.tensor(self.files[key], key) for part, key in keys.items()
-                     if part not in ("weight", "weight.absmax")}
+            small = {
+                part: self.source.tensor(self.files[key], key)
+                for part, key in keys.items()
+                if part not in ("weight", "weight.absmax")
+            }
             settings = checkpoint_bnb.bnb4_settings(small, name)
             bits, quant_type, blocksize, shape = 4, settings["quant_type"], settings["blocksize"], settings["shape"]
         flat = bits == 4 and (shape is None or shape[1] % blocksize)
         double = "absmax2" in keys or "weight.nested_absmax" in keys
         count = math.prod(shape) if shape else None
-        return Layer(name, quant_type + ("+dq" if double else ""), list(shape) if shape else None, blocksize, double, nbytes,
-                     8 * nbytes / count if count else None, "generic" if flat else kernel("q4" if bits == 4 else "s8"))
+        return Layer(
+            name,
+            quant_type + ("+dq" if double else ""),
+            list(shape) if shape else None,
+            blocksize,
+            double,
+            nbytes,
+            8 * nbytes / count if count else None,
+            "generic" if flat else kernel("q4" if bits == 4 else "s8"),
+        )
 
     def dequantize(self, row: Layer):
         """The layer's weight, f32[out, in]."""
@@ -126,9 +146,15 @@ class Checkpoint:
         try:
             if bits == 8:
                 return ops.dequantize_8bit(parts["qweight"], parts["absmax"], blocksize=row.blocksize)
-            return ops.dequantize_4bit(parts["qweight"], parts["absmax"], tuple(row.shape), absmax2=parts.get("absmax2"),
-                                       absmax_offset=parts.get("absmax_offset"), quant_type=row.format.removesuffix("+dq"),
-                                       blocksize=row.blocksize)
+            return ops.dequantize_4bit(
+                parts["qweight"],
+                parts["absmax"],
+                tuple(row.shape),
+                absmax2=parts.get("absmax2"),
+                absmax_offset=parts.get("absmax_offset"),
+                quant_type=row.format.removesuffix("+dq"),
+                blocksize=row.blocksize,
+            )
         except KeyError as error:
             raise UserError(f"{self.path}: {row.name} has no tensor {error}") from error
         except (ValueError, TypeError) as error:
@@ -143,11 +169,15 @@ def kernel(family: str) -> str:
 
 
 def find_float(source: shards.Source, name: str) -> str:
-    """The float checkpoint's key for a layer; the two may differ by a prefix (a model saved with or without its head)."""
+    """The float checkpoint's key for a layer; they may differ by a prefix (a model saved with or without its head)."""
     wanted = f"{name}.weight"
     if wanted in source.shapes:
         return wanted
-    close = [key for key in source.shapes if key.endswith(f".{wanted}") or (key.endswith(".weight") and wanted.endswith(f".{key}"))]
+    close = [
+        key
+        for key in source.shapes
+        if key.endswith(f".{wanted}") or (key.endswith(".weight") and wanted.endswith(f".{key}"))
+    ]
     if len(close) != 1:
         raise UserError(f"{source.folder}: no float weight for the layer {name}")
     return close[0]
@@ -164,7 +194,9 @@ def compare(target: Checkpoint, row: Layer, source: shards.Source, files: dict[s
     row.bits = 8 * row.nbytes / count
     weight = target.dequantize(row)
     if sorted(dense.shape) != sorted(weight.shape):
-        raise UserError(f"{source.folder}: {key} has shape {list(dense.shape)}, the quantised layer {list(weight.shape)}")
+        raise UserError(
+            f"{source.folder}: {key} has shape {list(dense.shape)}, the quantised layer {list(weight.shape)}"
+        )
     # GPT-2's Conv1D stores its weight transposed; where the shape does not tell, the smaller error does
     candidates = [d for d in (dense, dense.t()) if d.shape == weight.shape]
     norm = dense.double().norm().item()
@@ -188,13 +220,23 @@ def examine(path, against=None) -> dict:
     rest = {key: shards.tensor_bytes(target.source, key) for key in target.files if key not in packed}
     counts = [math.prod(row.shape) for row in rows if row.shape]
     quantized = sum(row.nbytes for row in rows)
-    totals = dict(layers=len(rows), weights=sum(counts), bytes=quantized, other_bytes=sum(rest.values()),
-                  bits=8 * quantized / sum(counts) if len(counts) == len(rows) else None,
-                  largest_other=sorted(rest, key=rest.get, reverse=True)[:3])
+    totals = {
+        "layers": len(rows),
+        "weights": sum(counts),
+        "bytes": quantized,
+        "other_bytes": sum(rest.values()),
+        "bits": 8 * quantized / sum(counts) if len(counts) == len(rows) else None,
+        "largest_other": sorted(rest, key=rest.get, reverse=True)[:3],
+    }
     if against is not None:
         totals["error"] = sum(row.error for row in rows) / len(rows)
-    return dict(path=str(path), method=target.method, against=str(against) if against else None,
-                layers=[asdict(row) for row in rows], totals=totals)
+    return {
+        "path": str(path),
+        "method": target.method,
+        "against": str(against) if against else None,
+        "layers": [asdict(row) for row in rows],
+        "totals": totals,
+    }
 
 
 def describe(facts: dict) -> str:
@@ -204,19 +246,27 @@ def describe(facts: dict) -> str:
     compared = facts["against"] is not None
     lines = [["layer", "format", "shape", "bits", "bytes", "kernel"] + (["error", "SNR dB"] if compared else [])]
     for row in facts["layers"]:
-        line = [row["name"], row["format"] + (f"/{row['blocksize']}" if row["blocksize"] else ""),
-                "x".join(map(str, row["shape"])) if row["shape"] else "flat", f"{row['bits']:.2f}" if row["bits"] else "-",
-                f"{row['nbytes']:,}", row["kernel"]]
+        line = [
+            row["name"],
+            row["format"] + (f"/{row['blocksize']}" if row["blocksize"] else ""),
+            "x".join(map(str, row["shape"])) if row["shape"] else "flat",
+            f"{row['bits']:.2f}" if row["bits"] else "-",
+            f"{row['nbytes']:,}",
+            row["kernel"],
+        ]
         if compared:
             line += [f"{row['error']:.5f}", f"{row['snr']:.2f}" if row["snr"] is not None else "exact"]
         lines.append(line)
     totals = facts["totals"]
     share = 100 * totals["bytes"] / max(totals["bytes"] + totals["other_bytes"], 1)
-    text = [plain_table(lines), "",
-            f"{facts['path']} ({facts['method']}): {totals['layers']} quantised layers, {totals['weights']:,} weights, "
-            f"{totals['bytes'] / 1e6:,.1f} MB" + (f", {totals['bits']:.2f} bits a weight" if totals["bits"] else ""),
-            f"other tensors: {totals['other_bytes'] / 1e6:,.1f} MB, {100 - share:.1f} % of the file"
-            + (f" (largest: {', '.join(totals['largest_other'])})" if totals["largest_other"] else "")]
+    text = [
+        plain_table(lines),
+        "",
+        f"{facts['path']} ({facts['method']}): {totals['layers']} quantised layers, {totals['weights']:,} weights, "
+        f"{totals['bytes'] / 1e6:,.1f} MB" + (f", {totals['bits']:.2f} bits a weight" if totals["bits"] else ""),
+        f"other tensors: {totals['other_bytes'] / 1e6:,.1f} MB, {100 - share:.1f} % of the file"
+        + (f" (largest: {', '.join(totals['largest_other'])})" if totals["largest_other"] else ""),
+    ]
     if compared:
         text.append(f"mean relative error {totals['error']:.5f} against {facts['against']}")
     return "\n".join(text)

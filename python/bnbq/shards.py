@@ -42,11 +42,11 @@ class ShardWriter:
     def __init__(self, path, names, metadata: dict[str, str], later=()):
         self.path, self.metadata = Path(path), dict(metadata)
         self.expected, self.entries, self.waiting = set(names), {}, []
-        widest = {name: dict(dtype="F8_E4M3", shape=[10**12] * 8, data_offsets=[10**15] * 2) for name in names}
+        widest = {name: {"dtype": "F8_E4M3", "shape": [10**12] * 8, "data_offsets": [10**15] * 2} for name in names}
         widest["__metadata__"] = {**metadata, **dict.fromkeys(later, "x" * 16)}
         self.room = -(-len(json.dumps(widest).encode()) // 8) * 8
         self.position = 0
-        self.file = open(self.path, "xb")
+        self.file = open(self.path, "xb")  # noqa: SIM115  (closed by __exit__)
         self.spill = None
         self.file.write(struct.pack("<Q", self.room) + b" " * self.room)
 
@@ -55,19 +55,30 @@ class ShardWriter:
         if name not in self.expected or name in self.entries or any(w[0] == name for w in self.waiting):
             raise ValueError(f"{self.path.name}: tensor {name!r} was not planned or came twice")
         if tensor.dtype not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{self.path.name}: tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold")
+            raise ValueError(
+                f"{self.path.name}: tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold"
+            )
         data = as_bytes(tensor.contiguous())
         if len(data) % 8:
-            self.spill = self.spill or tempfile.TemporaryFile(dir=self.path.parent)
-            self.waiting.append((name, tensor.dtype.itemsize, SAFETENSORS_DTYPES[tensor.dtype], list(tensor.shape), self.spill.tell(), len(data)))
+            self.spill = self.spill or tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+            self.waiting.append(
+                (
+                    name,
+                    tensor.dtype.itemsize,
+                    SAFETENSORS_DTYPES[tensor.dtype],
+                    list(tensor.shape),
+                    self.spill.tell(),
+                    len(data),
+                )
+            )
             self.spill.write(data)
             return
         for start in range(0, len(data), PIECE):
-            self.file.write(data[start:start + PIECE])
+            self.file.write(data[start : start + PIECE])
         self.enter(name, SAFETENSORS_DTYPES[tensor.dtype], list(tensor.shape), len(data))
 
     def enter(self, name, dtype, shape, size):
-        self.entries[name] = dict(dtype=dtype, shape=shape, data_offsets=[self.position, self.position + size])
+        self.entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [self.position, self.position + size]}
         self.position += size
 
     def close(self, more_metadata: dict[str, str] | None = None) -> None:
@@ -138,19 +149,24 @@ class Source:
                 for key, file in weight_map.items():
                     files.setdefault(file, set()).add(key)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{path}: not an index of safetensors shards ({type(error).__name__}: {error})") from error
+                raise UserError(
+                    f"{path}: not an index of safetensors shards ({type(error).__name__}: {error})"
+                ) from error
             for file in files:
                 if Path(file).name != file or not file.endswith(".safetensors"):
                     raise UserError(f"{path}: {file!r} is not the name of a safetensors file beside it")
             return dict(sorted(files.items()))
         others = sorted(p.name for p in self.folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
         if others:
-            raise UserError(f"{self.folder}: only safetensors are read, found {others[0]}; load the model with "
-                            "Transformers and save_pretrained it first")
+            raise UserError(
+                f"{self.folder}: only safetensors are read, found {others[0]}; load the model with "
+                "Transformers and save_pretrained it first"
+            )
         raise UserError(f"{self.folder}: no {SINGLE} and no {INDEX}")
 
     def _open(self, file):
         from safetensors import SafetensorError, safe_open
+
         try:
             return safe_open(self.folder / file, framework="pt")
         except FileNotFoundError as error:

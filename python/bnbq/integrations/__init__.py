@@ -7,9 +7,8 @@ otherwise when they are. A bnbq checkpoint that Transformers opens without it st
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import sys
+import warnings
 
 QUANT_METHOD = "bnbq"
 QUANTIZERS = "transformers.quantizers"
@@ -35,23 +34,31 @@ def register() -> None:
         auto.register_quantizer(QUANT_METHOD)(BnbqQuantizer)
 
 
-class WaitForQuantizers(importlib.abc.MetaPathFinder):
+class WaitForQuantizers:
     """Finds nothing itself: it sees ``transformers.quantizers`` being imported and registers right after."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != QUANTIZERS:
             return None
-        sys.meta_path.remove(self)
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in list(sys.meta_path)
-                                  if hasattr(finder, "find_spec"))), None)
+        spec = None
+        for finder in [finder for finder in sys.meta_path if finder is not self]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                break
         if spec is None or spec.loader is None:
             return spec
         loader, execute = spec.loader, spec.loader.exec_module
 
         def exec_module(module):
-            del loader.exec_module  # the instance's: what is left is the class's
+            loader.__dict__.pop("exec_module", None)  # the instance's: what is left is the class's
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             execute(module)
-            register()
+            try:
+                register()
+            except Exception as error:  # an import of Transformers must not fail for our sake
+                text = f"bnbq could not register with Transformers: {type(error).__name__}: {error}"
+                warnings.warn(text, stacklevel=2)
 
         loader.exec_module = exec_module
         return spec

@@ -9,21 +9,32 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import warnings
+import weakref
 from pathlib import Path
 
 import torch
 
-from .. import placement, replace
+from .. import _bnbq, placement, replace
 from ..checkpoint import PACKED_NAMES, describe, opened
-from ..nn import QuantizedLinear, dense_weight, is_conv1d
+from ..nn import QuantizedLinear, is_conv1d
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 
-def load_and_quantize(model: torch.nn.Module, config=None, weights_location=None, device_map=None, no_split_module_classes=None,
-                      max_memory: dict | None = None, offload_folder=None, offload_state_dict: bool = False):
+def load_and_quantize(
+    model: torch.nn.Module,
+    config=None,
+    weights_location=None,
+    device_map=None,
+    no_split_module_classes=None,
+    max_memory: dict | None = None,
+    offload_folder=None,
+    offload_state_dict: bool = False,
+):
     """Quantise ``model``, loading its weights from ``weights_location`` if it is on the meta device.
 
     Args:
@@ -31,7 +42,8 @@ def load_and_quantize(model: torch.nn.Module, config=None, weights_location=None
         config: BnbqConfig, BitsAndBytesConfig or None (nf4).
         weights_location: a safetensors (or .bin) file, an index.json, or a directory with either. Holds float
             weights, or what a bnbq layer's ``state_dict`` has. Not needed for a model in memory.
-        device_map: None is the CPU, or the first GPU if there is one; a strategy ("auto" ...), or devices by module name.
+        device_map: None is the CPU, or the current GPU if there is one; a strategy ("auto" ...), or devices by
+            module name.
         no_split_module_classes, max_memory: for a strategy, as in Accelerate.
         offload_folder: where the tensors of "disk" go.
         offload_state_dict: accepted, without effect: one tensor is in memory at a time.
@@ -41,10 +53,18 @@ def load_and_quantize(model: torch.nn.Module, config=None, weights_location=None
     """
     on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if not on_meta:
-        replace.quantize_model(model, config, device_map=default_device_map(device_map), max_memory=max_memory, offload_folder=offload_folder)
+        replace.quantize_model(
+            model,
+            config,
+            device_map=default_device_map(device_map),
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+        )
         return model
     if weights_location is None:
-        raise ValueError(f"load_and_quantize: {on_meta[0]} is on the meta device and there is no weights_location to load it from")
+        raise ValueError(
+            f"load_and_quantize: {on_meta[0]} is on the meta device and there is no weights_location to load it from"
+        )
     config = replace.resolve_config(config)
     files = checkpoint_files(Path(weights_location))
     transposed = swap_layers(model, config, stored_packed(files))
@@ -55,8 +75,8 @@ def load_and_quantize(model: torch.nn.Module, config=None, weights_location=None
         device_map = placement.plan(model, device_map, max_memory)
     elif not isinstance(device_map, dict):
         device_map = {"": device_map}
-    placement.check_device_map(model, device_map)
-    offloaded = Offload(offload_folder, "disk" in device_map.values())
+    placement.check_device_map(model, device_map, offload_folder)
+    offloaded = Offload(model, offload_folder if "disk" in device_map.values() else None)
     Loader(model, device_map, transposed, offloaded).load(files)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
@@ -70,19 +90,22 @@ def dispatch(model, device_map: dict, offloaded=None):
     model.hf_device_map = dict(device_map)
     if len(set(devices.values())) == 1 and "disk" not in devices.values():
         return model.to(next(iter(devices.values())))
-    devices = {name: "cpu" if device == torch.device("cpu") else device for name, device in devices.items()}
+    devices = {name: placement.accelerate_name(device) for name, device in devices.items()}
     on_cpu = {"cpu", "disk"} & set(devices.values())
     return placement.import_accelerate().dispatch_model(
-        model, devices, main_device="cpu" if on_cpu else None, offload_dir=offloaded.folder if offloaded else None)
+        model, devices, main_device="cpu" if on_cpu else None, offload_dir=offloaded.folder if offloaded else None
+    )
 
 
 def default_device_map(device_map):
     if device_map is None:
-        return {"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"}
+        gpu = torch.cuda.is_available() and bool(_bnbq.build_info().get("cuda"))
+        return {"": torch.cuda.current_device()} if gpu else {"": "cpu"}
     return device_map
 
 
 # ------------------------------------------------------------------ the model
+
 
 def swap_layers(model, config, packed: set) -> dict:
     """Replace the layers by unfilled quantised ones; returns name -> is the float weight stored transposed."""
@@ -98,14 +121,17 @@ def swap_layers(model, config, packed: set) -> dict:
 
 
 class Offload:
-    """The folder of tensors on disk, in the form that Accelerate reads."""
+    """The tensors on disk, in the form that Accelerate reads: a folder of their own, which goes when the model does.
 
-    def __init__(self, folder, needed: bool):
-        self.folder, self.index = folder, {}
-        if needed and folder is None:
-            raise ValueError("load_and_quantize: device_map sends modules to disk; say where with offload_folder")
-        if needed:
+    (Accelerate takes an index.json that it finds for its own: two models cannot share a folder.)
+    """
+
+    def __init__(self, model, folder):
+        self.folder, self.index = None, {}
+        if folder is not None:
             os.makedirs(folder, exist_ok=True)
+            self.folder = tempfile.mkdtemp(prefix="bnbq-", dir=folder)
+            weakref.finalize(model, shutil.rmtree, self.folder, ignore_errors=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         from accelerate.utils import offload_weight
@@ -141,16 +167,25 @@ class Loader:
                     unexpected.append(name)
         missing = sorted(set(self.wanted) - self.done - self.tied())
         if missing:
-            raise ValueError(f"load_and_quantize: {len(missing)} tensors are not in {', '.join(files)}: {', '.join(missing[:8])}")
+            raise ValueError(
+                f"load_and_quantize: {len(missing)} tensors are not in {', '.join(files)}: {', '.join(missing[:8])}"
+            )
         if unexpected:
-            warnings.warn(f"load_and_quantize: {len(unexpected)} tensors of the checkpoint are not the model's: {', '.join(unexpected[:8])}",
-                          stacklevel=3)
+            warnings.warn(
+                f"load_and_quantize: {len(unexpected)} tensors of the checkpoint are not the model's: "
+                f"{', '.join(unexpected[:8])}",
+                stacklevel=3,
+            )
         self.offloaded.finish()
 
     def tied(self) -> set:
         """Names that a model fills itself from others, once those are loaded."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        return {name for name, source in tied.items() if source in self.done} if hasattr(self.model, "tie_weights") else set()
+        return (
+            {name for name, source in tied.items() if source in self.done}
+            if hasattr(self.model, "tie_weights")
+            else set()
+        )
 
     def device(self, name: str, loading: bool = False):
         """Where a tensor goes: the entry of the device map with the longest matching prefix."""
@@ -167,7 +202,7 @@ class Loader:
         dense = dense.t().contiguous() if self.transposed[module] else dense
         try:
             layer._check_dense(dense)
-            tensors = layer._packed_or_meta(dense)
+            tensors = layer.packed(dense)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{module}.weight: {error}") from None
         for leaf, tensor in tensors.items():
@@ -175,7 +210,9 @@ class Loader:
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         wanted = self.wanted[name]
-        packed = name.rpartition(".")[2] in PACKED_NAMES and isinstance(self.model.get_submodule(name.rpartition(".")[0]), QuantizedLinear)
+        packed = name.rpartition(".")[2] in PACKED_NAMES and isinstance(
+            self.model.get_submodule(name.rpartition(".")[0]), QuantizedLinear
+        )
         if tensor.shape != wanted.shape or (packed and tensor.dtype != wanted.dtype):
             raise ValueError(f"load_and_quantize: {name} is {describe(tensor)}; wanted {describe(wanted)}")
         self.store(name, tensor)
@@ -196,6 +233,7 @@ class Loader:
 
 
 # ------------------------------------------------------------------ the files
+
 
 def checkpoint_files(location: Path) -> list[str]:
     """The files of a checkpoint: a file, those that an index lists, or those of a directory."""
@@ -224,7 +262,7 @@ def tensors_of(path: str):
     """(name, function that reads the tensor) for every tensor of a file."""
     if path.endswith(".safetensors"):
         with opened(path) as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 (the handle is no dict)
                 yield name, lambda name=name: file.get_tensor(name)
     else:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -234,4 +272,6 @@ def tensors_of(path: str):
 
 def stored_packed(files: list[str]) -> set:
     """Names of layers that the files hold in packed form."""
-    return {name.removesuffix(".qweight") for path in files for name, _ in tensors_of(path) if name.endswith(".qweight")}
+    return {
+        name.removesuffix(".qweight") for path in files for name, _ in tensors_of(path) if name.endswith(".qweight")
+    }

@@ -21,7 +21,14 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from .. import nn
 from ..checkpoint import PACKED_NAMES, describe
-from ..checkpoint_bnb import BNB4_KEYS, BNB8_KEYS, bnb4_from_native, bnb8_from_native, native_from_bnb4, native_from_bnb8
+from ..checkpoint_bnb import (
+    BNB4_KEYS,
+    BNB8_KEYS,
+    bnb4_from_native,
+    bnb8_from_native,
+    native_from_bnb4,
+    native_from_bnb8,
+)
 
 LAYERS = (nn.Linear4bit, nn.Linear8bitLt)
 BNB_KEYS = tuple(sorted({*BNB4_KEYS, *BNB8_KEYS}, key=len, reverse=True))
@@ -103,9 +110,9 @@ class QuantizeConverted(WeightConverter):
 
     def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
         self.inner.collected_tensors, self.inner.layer_targets = self.collected_tensors, self.layer_targets
-        dense_name = layer_name.removesuffix(".qweight") + ".weight" if layer_name.endswith(".qweight") else layer_name
+        made = self.inner.convert(dense_name(layer_name), model=model, config=config, loading_info=loading_info)
         result = {}
-        for name, tensor in self.inner.convert(dense_name, model=model, config=config, loading_info=loading_info).items():
+        for name, tensor in made.items():
             tensor = tensor[0] if isinstance(tensor, list) else tensor
             module, _, leaf = name.rpartition(".")
             if leaf == "weight" and isinstance(model.get_submodule(module), LAYERS):
@@ -169,9 +176,18 @@ class WriteBitsandbytes(Converter):
         for leaf, parameter in layer.named_parameters(recurse=False):
             if leaf in PACKED_NAMES and leaf not in tensors:
                 tensors[leaf] = stored(model, f"{name}.{leaf}", parameter)
-        parts = (bnb8_from_native(tensors, blocksize=layer.blocksize, layer=name) if isinstance(layer, nn.Linear8bitLt) else
-                 bnb4_from_native(tensors, quant_type=layer.quant_type, blocksize=layer.blocksize, dtype=layer.weight_dtype,
-                                  shape=(layer.out_features, layer.in_features), layer=name))
+        parts = (
+            bnb8_from_native(tensors, blocksize=layer.blocksize, layer=name)
+            if isinstance(layer, nn.Linear8bitLt)
+            else bnb4_from_native(
+                tensors,
+                quant_type=layer.quant_type,
+                blocksize=layer.blocksize,
+                dtype=layer.weight_dtype,
+                shape=(layer.out_features, layer.in_features),
+                layer=name,
+            )
+        )
         return {f"{name}.{key}": tensor for key, tensor in parts.items()}
 
     def reverse_transform(self):
@@ -179,6 +195,12 @@ class WriteBitsandbytes(Converter):
 
 
 # ------------------------------------------------------------------ pieces
+
+
+def dense_name(name: str) -> str:
+    """The name of the float weight for that of the packed one; other names stay."""
+    return name.removesuffix(".qweight") + ".weight" if name.endswith(".qweight") else name
+
 
 def stored(model, name: str, parameter: torch.Tensor) -> torch.Tensor:
     """A parameter's data, fetched from memory or disk if it is offloaded."""
@@ -193,15 +215,19 @@ def quantize_weight(model, name: str, dense: torch.Tensor) -> dict:
     """Packed parameters, by full name, for the dense weight of the layer ``name``; transposed first for a Conv1D."""
     layer = model.get_submodule(name)
     if not dense.is_floating_point():
-        raise TypeError(f"{name}.weight is {describe(dense)}; wanted a float tensor. Is the checkpoint quantised in another way?")
+        raise TypeError(
+            f"{name}.weight is {describe(dense)}; wanted a float tensor. Is the checkpoint quantised in another way?"
+        )
     wanted = (layer.out_features, layer.in_features)
     if getattr(layer, "source_cls", None) is not None and layer.source_cls.__name__ == "Conv1D":
         dense, wanted_in_file = dense.t().contiguous(), wanted[::-1]
     else:
         wanted_in_file = wanted
     if tuple(dense.shape) != wanted:
-        raise ValueError(f"{name}.weight has shape {list(dense.shape if wanted == wanted_in_file else dense.t().shape)} in the "
-                         f"checkpoint; the layer wants {list(wanted_in_file)}")
+        raise ValueError(
+            f"{name}.weight has shape {list(dense.shape if wanted == wanted_in_file else dense.t().shape)} in the "
+            f"checkpoint; the layer wants {list(wanted_in_file)}"
+        )
     if dense.dtype == torch.float64:
         dense = dense.float()
     try:

@@ -95,29 +95,49 @@ class StoredCheckpoint:
             present = self.layers.get(name)
             if present is not None and "weight" in present.entries:
                 if present.entries["weight"].dtype in ("U8", "I8"):
-                    raise ValueError(f"{present.files}: {name}.weight is {present.entries['weight']} without scales: the checkpoint "
-                                     "has no quantised layer by this name that can be read")
+                    raise ValueError(
+                        f"{present.files}: {name}.weight is {present.entries['weight']} without scales: the checkpoint "
+                        "has no quantised layer by this name that can be read"
+                    )
                 continue
             if hole_pattern(name) in self.holes or f"{name}.qweight" in self.recorded:
-                raise ValueError(f"{self.where}: no tensors for {name}, which is quantised like its neighbours: the checkpoint is incomplete")
+                raise ValueError(
+                    f"{self.where}: no tensors for {name}, which is quantised like its neighbours: "
+                    "the checkpoint is incomplete"
+                )
+        if rules and not chosen:
+            raise ValueError(
+                f"{self.where}: the config says that the checkpoint is quantised, "
+                "but no layer of the model is in these files"
+            )
         return chosen
 
     def check_strangers(self, model) -> None:
-        """Scales for something in the model that is no linear layer are an error; names it does not have are not ours."""
+        """Scales for what is no linear layer of the model are an error; names it does not have are not ours."""
         modules = dict(model.named_modules())
         for name, layer in self.layers.items():
-            if layer.quantized and name in modules and not hasattr(modules[name], "in_features") \
-                    and type(modules[name]).__name__ != "Conv1D":
+            if (
+                layer.quantized
+                and name in modules
+                and not hasattr(modules[name], "in_features")
+                and type(modules[name]).__name__ != "Conv1D"
+            ):
                 entry = next(e for leaf, e in layer.entries.items() if leaf != "weight")
-                raise ValueError(f"{entry.file}: {entry.name} belongs to a quantised layer, but {name} is a {type(modules[name]).__name__}")
+                raise ValueError(
+                    f"{entry.file}: {entry.name} belongs to a quantised layer, "
+                    f"but {name} is a {type(modules[name]).__name__}"
+                )
 
     def bnb_settings(self, names) -> dict:
         """Settings of bitsandbytes 4-bit layers, from the small tensors that describe them: name -> dict."""
         small = {}
         for name in names:
             entries = self.layers[name].entries
-            small[name] = {leaf: entry for leaf, entry in entries.items()
-                           if leaf.startswith(QUANT_STATE) or leaf in ("weight.quant_map", "weight.nested_quant_map")}
+            small[name] = {
+                leaf: entry
+                for leaf, entry in entries.items()
+                if leaf.startswith(QUANT_STATE) or leaf in ("weight.quant_map", "weight.nested_quant_map")
+            }
         loaded = load_entries([entry for parts in small.values() for entry in parts.values()])
         result = {}
         for name, parts in small.items():
@@ -134,16 +154,22 @@ class StoredCheckpoint:
             wanted = {"weight", "SCB"} if self.layers[name].bits == 8 else {"weight", "weight.absmax"}
             missing = sorted(wanted - set(entries))
             if missing:
-                raise ValueError(f"{self.layers[name].files}: {name} has {', '.join(sorted(entries))} but no {', '.join(missing)}")
+                raise ValueError(
+                    f"{self.layers[name].files}: {name} has {', '.join(sorted(entries))} but no {', '.join(missing)}"
+                )
             return
         wanted = {leaf: parameter for leaf, parameter in layer.named_parameters(recurse=False) if leaf in PACKED_NAMES}
         for leaf in wanted:
             if leaf not in entries:
-                raise ValueError(f"{self.layers[name].files}: {name}.{leaf} is missing; {layer.describe()} needs {', '.join(wanted)}")
+                raise ValueError(
+                    f"{self.layers[name].files}: {name}.{leaf} is missing; {layer.describe()} needs {', '.join(wanted)}"
+                )
             check_entry(entries[leaf], wanted[leaf], f"{name}.{leaf}")
         extra = sorted(set(entries) - set(wanted))
         if extra:
-            raise ValueError(f"{entries[extra[0]].file}: {name}.{extra[0]} is unexpected; {layer.describe()} has {', '.join(wanted)}")
+            raise ValueError(
+                f"{entries[extra[0]].file}: {name}.{extra[0]} is unexpected; {layer.describe()} has {', '.join(wanted)}"
+            )
 
     def provided(self, name: str) -> bool:
         """Do the files have the float weight of this layer?"""

@@ -8,6 +8,7 @@ the layers there are quantised like all others.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import warnings
@@ -19,7 +20,8 @@ from transformers.utils import logging
 from transformers.utils.hub import PushToHubMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import checkpoint, config as settings, nn
+from .. import checkpoint, nn, placement
+from .. import config as settings
 from ..checkpoint import PACKED_NAMES
 
 logger = logging.get_logger(__name__)
@@ -43,11 +45,13 @@ class BnbqQuantizer(HfQuantizer):
     requires_calibration = False
 
     def __init__(self, quantization_config, **kwargs):
-        super().__init__(quantization_config, **kwargs)
-        self.names: set[str] = set()     # of the quantised layers
-        self.originals: dict = {}        # name -> the float layer on meta, while loading
+        # A copy: saving for bitsandbytes writes into it, and the caller may use the same settings again.
+        super().__init__(copy.copy(quantization_config), **kwargs)
+        self.names: set[str] = set()  # of the quantised layers
+        self.rules: set[str] = set()  # of those that quantising afresh would choose
+        self.originals: dict = {}  # name -> the float layer on meta, while loading
         self.checkpoint_files: list = []
-        self.stored = None               # StoredCheckpoint, while loading a quantised one
+        self.stored = None  # StoredCheckpoint, while loading a quantised one
         self.prefix = ""
         self.notes: dict[str, list] = {}  # what was odd about the checkpoint -> the layers
 
@@ -65,9 +69,19 @@ class BnbqQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
+    def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+        """Called with the device map as given, and again when "auto" has become one: a GPU needs a build with CUDA."""
+        if not hasattr(HfQuantizer, "update_weight_conversions"):
+            import transformers
+
+            raise ImportError(f"bnbq needs transformers 5 or later; {transformers.__version__} is installed")
+        for device in device_map.values() if isinstance(device_map, dict) else ():
+            if placement.as_device(device) != "disk":
+                placement.check_device_is_there(placement.as_device(device))
+
     def update_device_map(self, device_map):
-        """None is the current GPU, if there is one, as with bitsandbytes; the CPU otherwise."""
-        if device_map is None and torch.cuda.is_available():
+        """None is the current GPU, if there is one that bnbq can use, as with bitsandbytes; the CPU otherwise."""
+        if device_map is None and torch.cuda.is_available() and placement.has_cuda_build():
             device_map = {"": torch.cuda.current_device()}
             logger.info(f"bnbq: no device_map was given; using {device_map}")
         return device_map
@@ -97,20 +111,6 @@ class BnbqQuantizer(HfQuantizer):
 
         return None if isinstance(converter, ReadBitsandbytes) else super().get_new_dtype(converter, param, dtype)
 
-    def update_parallel_plan(self, model, plan: dict) -> None:
-        """Packed weights and their scales are split like the weight they stand for: by rows, or by whole blocks of columns."""
-        patterns = {}
-        for name in self.names:
-            layer = model.get_submodule(name)
-            wildcard = wildcards(name)
-            for leaf, parameter in layer.named_parameters(recurse=False):
-                if leaf in PACKED_NAMES and parameter.dim() == 2:
-                    patterns[f"{wildcard}.{leaf}"] = wildcard
-        for key, wildcard in patterns.items():
-            style = plan.get(f"{wildcard}.weight", plan.get(wildcard))
-            if style is not None:
-                plan.setdefault(key, style)
-
     # ------------------------------------------------------------------ before the weights
 
     def _process_model_before_weight_loading(self, model, device_map=None, checkpoint_files=None, **kwargs):
@@ -118,29 +118,37 @@ class BnbqQuantizer(HfQuantizer):
 
         self.prefix = getattr(model, "base_model_prefix", "") or ""
         self.checkpoint_files = [str(f) for f in checkpoint_files or [] if str(f).endswith(".safetensors")]
-        rules = set(replace.select_modules(model, self.quantization_config, strict=not self.pre_quantized))
-        if self.pre_quantized and self.checkpoint_files:
-            self.plan_from_files(model, rules)
-        else:
-            for name in rules:
+        self.rules = set(replace.select_modules(model, self.quantization_config, strict=not self.pre_quantized))
+        # Of a quantised checkpoint the files decide; how their names map to the model's is known a step later.
+        if not (self.pre_quantized and self.checkpoint_files):
+            for name in self.rules:
                 self.swap(model, name, self.quantization_config)
-        if not self.names:
-            logger.warning(f"bnbq: {type(model).__name__} has no linear layer to quantise")
+            self.warn_if_nothing(model)
         return model
 
-    def plan_from_files(self, model, rules: set) -> None:
+    def warn_if_nothing(self, model) -> None:
+        if not self.names:
+            logger.warning(f"bnbq: {type(model).__name__} has no linear layer to quantise")
+
+    def plan_from_files(self, model, conversions) -> None:
         """Quantised layers where the files have them, in the format that the files have."""
         from .stored import StoredCheckpoint
 
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) or nn.is_conv1d(module)}
-        self.stored = StoredCheckpoint(self.checkpoint_files, file_renaming(model))
+        linears = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) or nn.is_conv1d(module)
+        }
+        self.stored = StoredCheckpoint(self.checkpoint_files, file_renaming(model, conversions))
         self.stored.check_strangers(model)
-        chosen = self.stored.choose(linears, rules)
-        four = [name for name, layer in chosen.items() if not layer.native and layer.bits == 4]
-        described = self.stored.bnb_settings(four)
+        chosen = self.stored.choose(linears, self.rules)
+        described = self.stored.bnb_settings(
+            [name for name, layer in chosen.items() if not layer.native and layer.bits == 4]
+        )
         for name, layer in chosen.items():
             self.swap(model, name, self.layer_config(layer, described.get(name)))
             self.stored.check_layer(name, model.get_submodule(name))
+        self.warn_if_nothing(model)
 
     def layer_config(self, layer, described: dict | None):
         """The config for one stored layer: the model's, or what bitsandbytes says about this layer."""
@@ -149,8 +157,13 @@ class BnbqQuantizer(HfQuantizer):
             return config
         if layer.bits == 8:
             return BnbqConfig(bits=8, threshold=config.threshold)
-        return BnbqConfig(bits=4, quant_type=described["quant_type"], blocksize=described["blocksize"],
-                          double_quant=described["double_quant"], compute_dtype=config.compute_dtype)
+        return BnbqConfig(
+            bits=4,
+            quant_type=described["quant_type"],
+            blocksize=described["blocksize"],
+            double_quant=described["double_quant"],
+            compute_dtype=config.compute_dtype,
+        )
 
     def swap(self, model, name: str, config) -> None:
         """Put an unfilled quantised layer where the float layer ``name`` is."""
@@ -160,14 +173,23 @@ class BnbqQuantizer(HfQuantizer):
         layer = replace.make_layer(module, config, device="meta")
         layer.source_cls = type(module)  # Conv1D stores its weight transposed, and is what dequantising restores
         layer._is_hf_initialized = True
-        model.set_submodule(name, layer)
+        self.put(model, module, layer)
         self.originals[name] = module
         self.names.add(name)
 
+    @staticmethod
+    def put(model, old, new) -> None:
+        """Replace a module under every name that it has in the model."""
+        for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
+            model.set_submodule(name, new)
+
     def owns(self, name: str) -> bool:
-        """Is ``name``, as a checkpoint writes it (with or without the base model's prefix), one of the quantised layers?"""
-        return name in self.names or f"{self.prefix}.{name}" in self.names or \
-            (name.startswith(f"{self.prefix}.") and name.removeprefix(f"{self.prefix}.") in self.names)
+        """Is ``name``, which may have the base model's prefix or lack it, one of the quantised layers?"""
+        return (
+            name in self.names
+            or f"{self.prefix}.{name}" in self.names
+            or (name.startswith(f"{self.prefix}.") and name.removeprefix(f"{self.prefix}.") in self.names)
+        )
 
     def update_weight_conversions(self, weight_conversions, model):
         """The model's own conversions, made to quantise what they make for us, and then ours."""
@@ -176,16 +198,23 @@ class BnbqQuantizer(HfQuantizer):
         from .conversions import Quantize, QuantizeConverted, ReadBitsandbytes
 
         if self.pre_quantized:
+            if self.checkpoint_files:
+                self.plan_from_files(model, weight_conversions)
             return [*weight_conversions, ReadBitsandbytes(self)]
-        wrapped = [QuantizeConverted(entry, self) if isinstance(entry, WeightConverter) else entry for entry in weight_conversions]
+        wrapped = [
+            QuantizeConverted(entry, self) if isinstance(entry, WeightConverter) else entry
+            for entry in weight_conversions
+        ]
         wrapped.append(Quantize(self))
         if self.checkpoint_files:
             self.leave_new_layers(model, wrapped)
         return wrapped
 
     def leave_new_layers(self, model, conversions) -> None:
-        """Layers whose weight no file has (a new head) stay float, so that Transformers initialises and reports them."""
+        """Layers whose weight no file has (a new head) stay float: Transformers initialises and reports them."""
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        from .conversions import dense_name
 
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -194,14 +223,13 @@ class BnbqQuantizer(HfQuantizer):
         for key in checkpoint.read_headers(self.checkpoint_files)[0]:
             name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
             entry = by_pattern.get(pattern)
-            names = entry.targets(name.removesuffix(".qweight") + ".weight") if hasattr(entry, "targets") and name.endswith(".qweight") \
-                else [name]
+            names = entry.targets(dense_name(name)) if hasattr(entry, "targets") else [name]
             coming.update(n.rpartition(".")[0] for n in names if n.endswith((".qweight", ".weight")))
         for entry in conversions:
             entry._was_used = False
         for name in sorted(self.names - coming):
             logger.warning(f"bnbq: {name} stays in float: the checkpoint has no weight for it")
-            model.set_submodule(name, self.originals.pop(name))
+            self.put(model, model.get_submodule(name), self.originals.pop(name))
             self.names.discard(name)
 
     # ------------------------------------------------------------------ after the weights
@@ -215,13 +243,17 @@ class BnbqQuantizer(HfQuantizer):
                 parameter = getattr(layer, leaf)
                 parameter.requires_grad_(False)
                 if not hooked and not getattr(parameter, "_is_hf_initialized", False):
-                    raise ValueError(f"{name}.{leaf} was not in the checkpoint; its layer would compute with random weights")
+                    raise ValueError(
+                        f"{name}.{leaf} was not in the checkpoint; its layer would compute with random weights"
+                    )
                 if parameter.device.type != "meta":
                     in_memory[f"{name}.{leaf}"] = parameter
         if self.stored is not None:
             checkpoint.verify_checksums(in_memory, self.stored.checksums, self.stored.where)
         for note, names in self.notes.items():
-            warnings.warn(f"{names[0]}{f' and {len(names) - 1} other layers' if len(names) > 1 else ''}: {note}", stacklevel=2)
+            warnings.warn(
+                f"{names[0]}{f' and {len(names) - 1} other layers' if len(names) > 1 else ''}: {note}", stacklevel=2
+            )
         self.originals, self.checkpoint_files, self.stored, self.notes = {}, [], None, {}
         self.finish(model)
         return model
@@ -245,7 +277,11 @@ class BnbqQuantizer(HfQuantizer):
 
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is None:  # not from from_pretrained: what Transformers would take when it saves
-            conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(entry, PrefixChange)]
+            conversions = [
+                entry
+                for entry in get_model_conversion_mapping(model, add_legacy=False)
+                if not isinstance(entry, PrefixChange)
+            ]
         ours = [f"{name}.{leaf}" for name in self.names for leaf in ("weight", *PACKED_NAMES)]
         kept = []
         for entry in conversions:
@@ -261,7 +297,11 @@ class BnbqQuantizer(HfQuantizer):
         """bitsandbytes drops its default skips once modules are named, so what it must skip is written out in full."""
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) or nn.is_conv1d(module)]
+        linears = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) or nn.is_conv1d(module)
+        ]
         default = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         if {name for name in linears if should_convert_module(name, default)} != self.names:
             self.quantization_config.skip_modules = sorted(set(linears) - self.names)
@@ -280,7 +320,10 @@ class BnbqQuantizer(HfQuantizer):
                         tensors[f"{name}.{leaf}"] = stored(model, f"{name}.{leaf}", getattr(module, leaf))
             card_beside_the_files(sys._getframe(1))
         metadata = {"bnbq_version": str(self.quantization_config.version)}
-        return None, {**metadata, **checkpoint.checksum_metadata({k: v for k, v in tensors.items() if type(v) in PLAIN})}
+        return None, {
+            **metadata,
+            **checkpoint.checksum_metadata({k: v for k, v in tensors.items() if type(v) in PLAIN}),
+        }
 
     def _dequantize(self, model, dtype=None):
         """Float layers of the kind there was before, in ``dtype``. Needs the packed tensors in memory."""
@@ -288,9 +331,14 @@ class BnbqQuantizer(HfQuantizer):
         kinds = original_kinds(model, layers)
         for name, layer in layers.items():
             if layer.qweight.device.type == "meta":
-                raise ValueError(f"{name} is offloaded; load the model without \"cpu\" or \"disk\" beside other devices to dequantise it")
-            model.set_submodule(name, float_layer(layer, dtype, kinds[name]))
+                raise ValueError(
+                    f'{name} is offloaded; load the model without "cpu" or "disk" beside other devices to dequantise it'
+                )
+            self.put(model, layer, float_layer(layer, dtype, kinds[name]))
             self.names.discard(name)
+        model.__dict__.pop("_upload_modified_files", None)
+        if model.model_tags is not None:
+            model.model_tags = [tag for tag in model.model_tags if tag != self.quantization_config.quant_method]
         return model
 
 
@@ -339,28 +387,25 @@ def reverts(entry, names) -> bool:
     return any(reverse.rename_source_key(name)[1] is not None for name in names)
 
 
-def wildcards(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def file_renaming(model):
-    """Name of a float parameter in a checkpoint -> its name in ``model``, by Transformers' renamings and prefix rule."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
+def file_renaming(model, conversions):
+    """Name of a float parameter in a file -> its name in ``model``, by Transformers' renamings and prefix rule."""
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     known = model.state_dict()
 
     def rename(key: str) -> str:
+        used = [entry._was_used for entry in renamings]  # asking is not using: what was used is undone when saving
         name = rename_source_key(key, renamings, [], model.base_model_prefix, known)[0]
-        if name not in known and key in known:
-            return key
-        return name
+        for entry, before in zip(renamings, used, strict=True):
+            entry._was_used = before
+        return key if name not in known and key in known else name
 
     return rename
 
 
 # ------------------------------------------------------------------ the model card
+
 
 class UploadWithCard:
     """Stands for a model's ``_upload_modified_files``: the card that Transformers has just written gets the line
@@ -368,8 +413,9 @@ class UploadWithCard:
 
     def __call__(self, working_dir, repo_id, files_timestamps, commit_message=None, **kwargs):
         checkpoint.write_model_card(working_dir)
-        return PushToHubMixin._upload_modified_files(self, working_dir, repo_id, files_timestamps,
-                                                     commit_message=commit_message or "Upload model", **kwargs)
+        return PushToHubMixin._upload_modified_files(
+            self, working_dir, repo_id, files_timestamps, commit_message=commit_message or "Upload model", **kwargs
+        )
 
 
 def card_beside_the_files(frame) -> None:
@@ -381,11 +427,16 @@ def card_beside_the_files(frame) -> None:
     if frame.f_code.co_name != "save_pretrained" or not frame.f_locals.get("is_main_process", True):
         return
     directory = frame.f_locals.get("save_directory")
-    if isinstance(directory, (str, os.PathLike)) and os.path.isdir(directory) and not (Path(directory) / "README.md").exists():
+    if (
+        isinstance(directory, (str, os.PathLike))
+        and os.path.isdir(directory)
+        and not (Path(directory) / "README.md").exists()
+    ):
         checkpoint.write_model_card(directory)
 
 
 # ------------------------------------------------------------------ models quantised in memory
+
 
 def attach_config(model, config) -> None:
     """Make a model that `bnbq.quantize_model` quantised save and report like one that `from_pretrained` quantised."""
@@ -401,8 +452,6 @@ def attach_config(model, config) -> None:
     quantizer.finish(model)
 
 
-# ------------------------------------------------------------------ from_pretrained
-
 def from_pretrained(model_class, name_or_path, *args, quantization_config=None, **kwargs):
     """``model_class.from_pretrained`` that takes what bitsandbytes' users have.
 
@@ -417,75 +466,6 @@ def from_pretrained(model_class, name_or_path, *args, quantization_config=None, 
     checkpoint_format and the bits (which must agree) matter then. Nothing global changes: bitsandbytes' own
     checkpoints keep loading with bitsandbytes elsewhere in the process.
     """
-    given = {key: kwargs.pop(key) for key in settings.ARGUMENTS if key in kwargs and key not in ("version", "quant_method")}
-    given = {key: value for key, value in given.items() if value is not None}
-    wanted = resolve_settings(quantization_config, given)
-    config, rest = model_config(model_class, name_or_path, kwargs)
-    owner = stored_settings_owner(config)
-    if owner is None:
-        if wanted is not None:
-            kwargs["quantization_config"] = wanted
-        return model_class.from_pretrained(name_or_path, *args, **kwargs)
-    stored = owner.quantization_config
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    if stored.get("quant_method", "bitsandbytes") not in ("bnbq", "bitsandbytes"):
-        if wanted is not None:
-            raise ValueError(f"{name_or_path} is quantised with {stored['quant_method']}; it cannot be quantised again with bnbq")
-        return model_class.from_pretrained(name_or_path, *args, **kwargs)
-    merged = merge_settings(stored, wanted, given, quantization_config is not None, name_or_path)
-    owner.quantization_config = merged.to_native_dict()
-    return model_class.from_pretrained(name_or_path, *args, config=config, **rest)
+    from .loading import load
 
-
-def resolve_settings(quantization_config, given: dict):
-    """The settings asked for, as a BnbqConfig; None if there are none."""
-    if quantization_config is None:
-        off = not given.get("load_in_4bit") and not given.get("load_in_8bit") and {"load_in_4bit", "load_in_8bit"} & set(given)
-        return BnbqConfig(**given) if given and not off else None
-    if isinstance(quantization_config, dict):
-        if quantization_config.get("quant_method") == "bnbq":
-            return BnbqConfig.from_dict({**quantization_config, **given})
-        return BnbqConfig.from_bnb(quantization_config, **given)
-    if isinstance(quantization_config, settings.BnbqConfig):
-        return BnbqConfig(**{**quantization_config.to_native_dict(), **given})
-    return BnbqConfig.from_bnb(quantization_config, **given)
-
-
-def model_config(model_class, name_or_path, kwargs: dict):
-    """The model's config, and the keyword arguments that are left once it has taken its own."""
-    from transformers import AutoConfig, PreTrainedConfig
-
-    config = kwargs.get("config")
-    if isinstance(config, PreTrainedConfig):
-        return config, {key: value for key, value in kwargs.items() if key != "config"}
-    # As Transformers' auto classes do: a dtype is the model's, not the config's.
-    held = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
-    passed = {key: value for key, value in kwargs.items() if key not in held and key != "config"}
-    reader = getattr(model_class, "config_class", None) or AutoConfig
-    config, rest = reader.from_pretrained(config or name_or_path, return_unused_kwargs=True, **passed)
-    hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
-    return config, {**rest, **held, **{key: kwargs[key] for key in hub if key in kwargs}}
-
-
-def stored_settings_owner(config):
-    """The config (of the model or of its text part) that says how the checkpoint is quantised, or None."""
-    for owner in (config, config.get_text_config(decoder=True)):
-        if getattr(owner, "quantization_config", None) is not None:
-            return owner
-    return None
-
-
-def merge_settings(stored: dict, wanted, given: dict, whole: bool, where):
-    """A checkpoint's own settings, with the run-time ones replaced by what was asked for."""
-    config = BnbqConfig.from_dict(stored) if stored.get("quant_method") == "bnbq" else \
-        BnbqConfig.from_bnb(stored, checkpoint_format="bitsandbytes")
-    if wanted is None:
-        return config
-    if wanted.bits != config.bits and (whole or {"bits", "load_in_4bit", "load_in_8bit"} & set(given)):
-        raise ValueError(f"{where} is quantised to {config.bits} bits; it cannot be loaded with {wanted.bits}. Quantise the original model")
-    merged = config.to_native_dict()
-    if wanted.compute_dtype is not None:
-        merged["compute_dtype"] = wanted.compute_dtype
-    for key in {"threshold", "checkpoint_format"} & {settings.BNB_NAMES.get(name, name) for name in given}:
-        merged[key] = getattr(wanted, key)
-    return BnbqConfig(**merged)
+    return load(model_class, name_or_path, args, quantization_config, kwargs)
