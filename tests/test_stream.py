@@ -12,22 +12,22 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import small_models  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import bnbq  # noqa: E402
+import small_models  # noqa: E402
 from bnbq import checkpoint, shards, stream  # noqa: E402
 from bnbq.config import BnbqConfig  # noqa: E402
 from bnbq.errors import UserError  # noqa: E402
 
 AUTO = transformers.AutoModelForCausalLM
 SETTINGS = {
-    "nf4": dict(bits=4),
-    "fp4-b128-dq": dict(bits=4, quant_type="fp4", blocksize=128, double_quant=True),
-    "int4-skip": dict(bits=4, quant_type="int4", skip_modules=["layers.0.mlp.up_proj", "k_proj"]),
-    "int8": dict(bits=8),
-    "int8-b64": dict(bits=8, blocksize=64),
+    "nf4": {"bits": 4},
+    "fp4-b128-dq": {"bits": 4, "quant_type": "fp4", "blocksize": 128, "double_quant": True},
+    "int4-skip": {"bits": 4, "quant_type": "int4", "skip_modules": ["layers.0.mlp.up_proj", "k_proj"]},
+    "int8": {"bits": 8},
+    "int8-b64": {"bits": 8, "blocksize": 64},
 }
 
 
@@ -60,14 +60,37 @@ def test_equals_quantising_while_loading(source, tmp_path, name):
     assert torch.equal(loaded(ids).logits, on_the_fly(ids).logits)
 
 
-@pytest.mark.parametrize("make", [small_models.gpt2, small_models.bert, small_models.mixture], ids=["conv1d", "bert", "experts"])
+@pytest.mark.parametrize(
+    "make", [small_models.gpt2, small_models.bert, small_models.mixture], ids=["conv1d", "bert", "experts"]
+)
 def test_other_architectures(tmp_path, make):
     folder = make(tmp_path / "float")
     summary = quantize(folder, tmp_path / "out")
     if make is small_models.mixture:  # experts are no linear layers: the summary says where the bytes are
         assert "model.layers.*.mlp.experts.*.up_proj.weight" in summary.text()
     auto = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
-    same_state(auto.from_pretrained(tmp_path / "out"), auto.from_pretrained(folder, quantization_config=bnbq.BnbqConfig()))
+    same_state(
+        auto.from_pretrained(tmp_path / "out"), auto.from_pretrained(folder, quantization_config=bnbq.BnbqConfig())
+    )
+
+
+@pytest.mark.parametrize("layout", ["bnbq", "bitsandbytes"])
+@pytest.mark.parametrize(
+    "make", [small_models.llama, small_models.gpt2, small_models.mixture], ids=["llama", "conv1d", "experts"]
+)
+@pytest.mark.parametrize("settings", [{"bits": 4, "double_quant": True}, {"bits": 8}], ids=["nf4-dq", "int8"])
+def test_the_files_of_save_pretrained(tmp_path, make, layout, settings):
+    """Loading with a config and saving writes the same tensors under the same names, and the same checksums."""
+    folder = make(tmp_path / "float")
+    settings = {**settings, "checkpoint_format": layout}
+    AUTO.from_pretrained(folder, quantization_config=bnbq.BnbqConfig(**settings)).save_pretrained(tmp_path / "saved")
+    quantize(folder, tmp_path / "out", settings)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "saved"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+    sums = [shards.Source(tmp_path / name).metadata["model.safetensors"] for name in ("out", "saved")]
+    assert checkpoint.recorded_checksums(sums[0]) == checkpoint.recorded_checksums(sums[1])
 
 
 def test_a_file_named_like_the_base_model(tmp_path):
@@ -76,7 +99,9 @@ def test_a_file_named_like_the_base_model(tmp_path):
     tensors = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     quantize(folder, tmp_path / "out")
-    same_state(AUTO.from_pretrained(tmp_path / "out"), AUTO.from_pretrained(folder, quantization_config=bnbq.BnbqConfig()))
+    same_state(
+        AUTO.from_pretrained(tmp_path / "out"), AUTO.from_pretrained(folder, quantization_config=bnbq.BnbqConfig())
+    )
 
 
 def test_float_checkpoint_with_another_dtype_in_its_config(tmp_path):
@@ -84,7 +109,9 @@ def test_float_checkpoint_with_another_dtype_in_its_config(tmp_path):
     folder = small_models.llama(tmp_path / "float", dtype=torch.float32)
     small_models.edit_config(folder, dtype="bfloat16")
     quantize(folder, tmp_path / "out")
-    same_state(AUTO.from_pretrained(tmp_path / "out"), AUTO.from_pretrained(folder, quantization_config=bnbq.BnbqConfig()))
+    same_state(
+        AUTO.from_pretrained(tmp_path / "out"), AUTO.from_pretrained(folder, quantization_config=bnbq.BnbqConfig())
+    )
 
 
 def test_config_without_dtype_gets_one(tmp_path):
@@ -106,28 +133,44 @@ def test_shards_in_and_out(tmp_path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == summary.bytes_after
-    same_state(AUTO.from_pretrained(tmp_path / "out"), AUTO.from_pretrained(folder, quantization_config=bnbq.BnbqConfig()))
+    same_state(
+        AUTO.from_pretrained(tmp_path / "out"), AUTO.from_pretrained(folder, quantization_config=bnbq.BnbqConfig())
+    )
 
 
 def test_odd_sizes_and_alignment(tmp_path):
     """in_features that no block divides: flat tensors, with lengths that are no multiple of 8."""
-    folder = small_models.llama(tmp_path / "float", hidden_size=60, intermediate_size=99, num_attention_heads=2, head_dim=30)
+    folder = small_models.llama(
+        tmp_path / "float", hidden_size=60, intermediate_size=99, num_attention_heads=2, head_dim=30
+    )
     quantize(folder, tmp_path / "out")
-    same_state(AUTO.from_pretrained(tmp_path / "out"), AUTO.from_pretrained(folder, quantization_config=bnbq.BnbqConfig()))
+    same_state(
+        AUTO.from_pretrained(tmp_path / "out"), AUTO.from_pretrained(folder, quantization_config=bnbq.BnbqConfig())
+    )
     raw = (tmp_path / "out" / "model.safetensors").read_bytes()
     size = int.from_bytes(raw[:8], "little")
     assert size % 8 == 0
     end = 0
-    for name, entry in sorted(((k, v) for k, v in json.loads(raw[8:8 + size]).items() if k != "__metadata__"),
-                              key=lambda item: item[1]["data_offsets"]):
+    for name, entry in sorted(
+        ((k, v) for k, v in json.loads(raw[8 : 8 + size]).items() if k != "__metadata__"),
+        key=lambda item: item[1]["data_offsets"],
+    ):
         start, stop = entry["data_offsets"]
         assert start == end and start % {"F32": 4, "BF16": 2, "U8": 1}[entry["dtype"]] == 0, name
         end = stop
     assert 8 + size + end == len(raw)
 
 
-@pytest.mark.parametrize("settings", [dict(bits=4), dict(bits=4, quant_type="fp4", double_quant=True), dict(bits=8),
-                                      dict(bits=4, skip_modules=["o_proj"])], ids=["nf4", "fp4-dq", "int8", "skip"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 4},
+        {"bits": 4, "quant_type": "fp4", "double_quant": True},
+        {"bits": 8},
+        {"bits": 4, "skip_modules": ["o_proj"]},
+    ],
+    ids=["nf4", "fp4-dq", "int8", "skip"],
+)
 def test_bitsandbytes_layout(source, tmp_path, settings):
     quantize(source, tmp_path / "out", dict(settings, checkpoint_format="bitsandbytes"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -137,11 +180,15 @@ def test_bitsandbytes_layout(source, tmp_path, settings):
     same_state(loaded, on_the_fly)
     pytest.importorskip("bitsandbytes")
     theirs = AUTO.from_pretrained(tmp_path / "out", device_map={"": "cpu"})
-    same = {name: module for name, module in theirs.named_modules() if type(module).__module__.startswith("bitsandbytes")}
+    same = {
+        name: module for name, module in theirs.named_modules() if type(module).__module__.startswith("bitsandbytes")
+    }
     assert same.keys() == {n for n, m in loaded.named_modules() if isinstance(m, bnbq.nn.QuantizedLinear)}
     for name, module in same.items():
-        assert torch.equal(module.weight.data.view(torch.uint8).flatten(),
-                           loaded.get_submodule(name).qweight.view(torch.uint8).flatten()), name
+        assert torch.equal(
+            module.weight.data.view(torch.uint8).flatten(),
+            loaded.get_submodule(name).qweight.view(torch.uint8).flatten(),
+        ), name
 
 
 def test_checksums_are_written_and_used(source, tmp_path):
@@ -149,15 +196,27 @@ def test_checksums_are_written_and_used(source, tmp_path):
     path = tmp_path / "out" / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         recorded = checkpoint.recorded_checksums(file.metadata())
-        assert set(recorded) == {key for key in file.keys() if key.endswith((".qweight", ".absmax"))}
+        assert set(recorded) == {key for key in list(file.keys()) if key.endswith((".qweight", ".absmax"))}
         assert all(checkpoint.crc32(file.get_tensor(name)) == crc for name, crc in recorded.items())
     data = bytearray(path.read_bytes())
-    where = int.from_bytes(data[:8], "little") + 8 + json.loads(data[8:8 + int.from_bytes(data[:8], "little")])[
-        "model.layers.1.mlp.up_proj.qweight"]["data_offsets"][0]
+    where = (
+        int.from_bytes(data[:8], "little")
+        + 8
+        + json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["model.layers.1.mlp.up_proj.qweight"][
+            "data_offsets"
+        ][0]
+    )
     data[where + 5] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.qweight"):
         AUTO.from_pretrained(tmp_path / "out")
+
+
+def test_progress_where_it_is_asked_for(source, tmp_path, capsys):
+    quantize(source, tmp_path / "quiet")
+    assert capsys.readouterr() == ("", "")
+    quantize(source, tmp_path / "loud", progress=True)
+    assert "quantising" in capsys.readouterr().err
 
 
 def test_side_files(source, tmp_path):
@@ -169,7 +228,14 @@ def test_side_files(source, tmp_path):
         (source / "LICENSE").unlink()
         (source / "pytorch_model.bin").unlink()
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert {"LICENSE", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", "README.md"} <= names
+    assert {
+        "LICENSE",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "config.json",
+        "README.md",
+    } <= names
     assert "pytorch_model.bin" not in names
     assert checkpoint.CARD_LINE in (tmp_path / "out" / "README.md").read_text()
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("ab").input_ids
@@ -179,6 +245,7 @@ def test_side_files(source, tmp_path):
 
 
 # ------------------------------------------------------------------ what can go wrong
+
 
 def refused(source, folder, message, settings=None, **arguments):
     """The error says so, and nothing has appeared or changed."""
@@ -204,7 +271,9 @@ def test_infinity_made_by_the_cast(tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"][7, 1] = 1e6
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (tmp_path / "here").mkdir()
-    refused(folder, tmp_path / "here", r"up_proj\.weight.*1000000\.0 at index \[7, 1\] \(torch\.float16 cannot hold it\)")
+    refused(
+        folder, tmp_path / "here", r"up_proj\.weight.*1000000\.0 at index \[7, 1\] \(torch\.float16 cannot hold it\)"
+    )
 
 
 def test_truncated_source(tmp_path):
@@ -236,9 +305,17 @@ def test_missing_and_misshapen_weights(tmp_path):
     weight = tensors.pop("model.layers.1.self_attn.q_proj.weight")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     refused(folder, tmp_path / "here", r"has no weight for model\.layers\.1\.self_attn\.q_proj")
-    save_file({**tensors, "model.layers.1.self_attn.q_proj.weight": weight[:32].clone()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "model.layers.1.self_attn.q_proj.weight": weight[:32].clone()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     refused(folder, tmp_path / "here", r"q_proj.weight' has shape \[32, 64\], the model wants \[64, 64\]")
-    save_file({**tensors, "model.layers.1.self_attn.q_proj.weight": weight.to(torch.int32)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "model.layers.1.self_attn.q_proj.weight": weight.to(torch.int32)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     refused(folder, tmp_path / "here", "has dtype I32")
 
 
@@ -265,7 +342,7 @@ def test_sources_that_are_none(source, tmp_path):
 def test_names_that_match_nothing(source, tmp_path):
     (tmp_path / "here").mkdir()
     with pytest.raises(ValueError, match="no_such_layer"):
-        quantize(source, tmp_path / "here" / "out", dict(skip_modules=["no_such_layer"]))
+        quantize(source, tmp_path / "here" / "out", {"skip_modules": ["no_such_layer"]})
     assert not any((tmp_path / "here").iterdir())
 
 
@@ -275,16 +352,16 @@ def test_destination_is_never_lost(source, tmp_path):
     quantize(source, out)  # empty is fine
     refused(source, tmp_path, "exists and is not empty")
     before = (out / "config.json").read_text()
-    quantize(source, out, dict(bits=8), force=True)
+    quantize(source, out, {"bits": 8}, force=True)
     assert (out / "config.json").read_text() != before
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="no config.json in it"):
+    with pytest.raises(UserError, match=r"no config\.json in it"):
         quantize(source, precious, force=True)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     for target in (source, source / "inside", source.parent):
-        with pytest.raises(UserError, match="must lie outside|not around"):
+        with pytest.raises(UserError, match=r"must lie outside|not around"):
             quantize(source, target, force=True)
     with pytest.raises(UserError, match="parent directory"):
         quantize(source, tmp_path / "no" / "where")
@@ -296,9 +373,10 @@ def test_failure_with_force_keeps_the_old_checkpoint(source, tmp_path, monkeypat
 
     def fail(*_):
         raise OSError("disk is full")
+
     monkeypatch.setattr(stream.shards.ShardWriter, "close", fail)
     with pytest.raises(OSError, match="disk is full"):
-        quantize(source, tmp_path / "out", dict(bits=8), force=True)
+        quantize(source, tmp_path / "out", {"bits": 8}, force=True)
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -316,7 +394,7 @@ def test_interrupt_leaves_nothing(source, tmp_path, name):
                 os.kill(os.getpid(), signal.{name})
             return convert(job, *rest)
         stream.convert = slow
-        sys.exit(cli.main(["quantize", {str(source)!r}, {str(tmp_path / 'out')!r}]))
+        sys.exit(cli.main(["quantize", {str(source)!r}, {str(tmp_path / "out")!r}]))
     """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stdout) == (130, "")
@@ -326,14 +404,24 @@ def test_interrupt_leaves_nothing(source, tmp_path, name):
 
 def environment():
     """The environment for a subprocess that must find this bnbq."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(bnbq.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(bnbq.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+    }
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_memory_stays_at_the_largest_layer(tmp_path):
     """130 MB of bf16 in linear layers of 16 MB: anonymous memory grows by less than two of them in fp32."""
-    folder = small_models.llama(tmp_path / "float", hidden_size=2048, intermediate_size=4096, num_hidden_layers=2,
-                                num_attention_heads=16, num_key_value_heads=16, tokenizer=False)
+    small_models.llama(
+        tmp_path / "float",
+        hidden_size=2048,
+        intermediate_size=4096,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        tokenizer=False,
+    )
     small_models.llama(tmp_path / "warm-up", tokenizer=False)
     script = textwrap.dedent(f"""
         import threading, time
@@ -365,6 +453,7 @@ def test_memory_stays_at_the_largest_layer(tmp_path):
 
 # ------------------------------------------------------------------ the writer by itself
 
+
 def test_writer_refuses_what_was_not_planned(tmp_path):
     with shards.ShardWriter(tmp_path / "a.safetensors", ["x", "y"], {"format": "pt"}) as writer:
         writer.add("x", torch.ones(3))
@@ -380,8 +469,16 @@ def test_writer_refuses_what_was_not_planned(tmp_path):
 
 def test_writer_writes_what_safetensors_reads(tmp_path):
     torch.manual_seed(0)
-    tensors = {"odd": torch.arange(7, dtype=torch.uint8), "f": torch.randn(3, 4), "half": torch.randn(5).half(), "scalar": torch.tensor(2.5),
-               "empty": torch.empty(0, 4), "view": torch.randn(6, 6).t(), "bool": torch.tensor([True, False]), "b": torch.randn(9, 1).bfloat16()}
+    tensors = {
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "f": torch.randn(3, 4),
+        "half": torch.randn(5).half(),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+        "view": torch.randn(6, 6).t(),
+        "bool": torch.tensor([True, False]),
+        "b": torch.randn(9, 1).bfloat16(),
+    }
     path = tmp_path / "a.safetensors"
     with shards.ShardWriter(path, tensors, {"format": "pt"}, later=["sum"]) as writer:
         for name, tensor in tensors.items():

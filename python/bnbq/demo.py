@@ -18,8 +18,10 @@ from pathlib import Path
 from . import doctor, fetch
 from .errors import UserError
 
-NOTE = ("The default model's linear weights were Q4_1 (4 bits) before they became bf16: the table compares\n"
-        "implementations and formats on equal terms; it does not say what nf4 costs a model that was never 4-bit.")
+NOTE = (
+    "The default model's linear weights were Q4_1 (4 bits) before they became bf16: the table compares\n"
+    "implementations and formats on equal terms; it does not say what nf4 costs a model that was never 4-bit."
+)
 
 
 def main(arguments) -> int:
@@ -45,12 +47,26 @@ def main(arguments) -> int:
         raise UserError(f"{model_id}: already quantised; the demo needs the float model")
     length = min(arguments.length, getattr(config, "max_position_embeddings", None) or arguments.length)
     windows = evaluate.windows(tokenizer, text.held_out, arguments.windows, length)
-    facts = dict(model="SmolLM2-135M-Instruct" if default else model_id, text=text.name, text_sha256=text.sha256,
-                 windows=len(windows), length=length, prompt=arguments.prompt, new_tokens=arguments.new_tokens,
-                 threads=torch.get_num_threads(), cpu=doctor.cpu_name(), isa=_bnbq.isa(), torch=torch.__version__,
-                 transformers=transformers.__version__, python=platform.python_version())
-    print(f"{facts['model']}; perplexity on {len(windows)} x {length} tokens of {text.name}\n"
-          f"(sha256 {text.sha256[:12]}); {facts['cpu']}, {facts['threads']} threads, {facts['isa']}\n", flush=True)
+    facts = {
+        "model": "SmolLM2-135M-Instruct" if default else model_id,
+        "text": text.name,
+        "text_sha256": text.sha256,
+        "windows": len(windows),
+        "length": length,
+        "prompt": arguments.prompt,
+        "new_tokens": arguments.new_tokens,
+        "threads": torch.get_num_threads(),
+        "cpu": doctor.cpu_name(),
+        "isa": _bnbq.isa(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    print(
+        f"{facts['model']}; perplexity on {len(windows)} x {length} tokens of {text.name}\n"
+        f"(sha256 {text.sha256[:12]}); {facts['cpu']}, threads: {facts['threads']}, kernels: {facts['isa']}\n",
+        flush=True,
+    )
 
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     rows, reference = [], None
@@ -80,8 +96,14 @@ def measure(name, model_id, dtype, tokenizer, windows, reference, arguments):
 
     from . import evaluate
 
-    config = None if name == "float" else bnbq.BnbqConfig(bits=8) if name == "int8" else bnbq.BnbqConfig(bits=4, quant_type=name)
-    extra = {} if config is None else dict(quantization_config=config)
+    config = (
+        None
+        if name == "float"
+        else bnbq.BnbqConfig(bits=8)
+        if name == "int8"
+        else bnbq.BnbqConfig(bits=4, quant_type=name)
+    )
+    extra = {} if config is None else {"quantization_config": config}
     started = time.perf_counter()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype, **extra).eval()
@@ -92,9 +114,21 @@ def measure(name, model_id, dtype, tokenizer, windows, reference, arguments):
     prefill, prefill_spread = evaluate.prefill_rate(model, windows[0])
     said = evaluate.generate(model, tokenizer, arguments.prompt, arguments.new_tokens)
     label = str(model.dtype).removeprefix("torch.") if config is None else name
-    row = dict(name=label, bytes=bnbq.get_memory_footprint(model), load_seconds=loaded, perplexity=quality.perplexity,
-               losses=quality.losses, kl=quality.kl, top1=quality.top1, prefill=prefill, prefill_spread=prefill_spread,
-               decode=said.decode, decode_spread=said.decode_spread, text=said.text, tokens=said.tokens)
+    row = {
+        "name": label,
+        "bytes": bnbq.get_memory_footprint(model),
+        "load_seconds": loaded,
+        "perplexity": quality.perplexity,
+        "losses": quality.losses,
+        "kl": quality.kl,
+        "top1": quality.top1,
+        "prefill": prefill,
+        "prefill_spread": prefill_spread,
+        "decode": said.decode,
+        "decode_spread": said.decode_spread,
+        "text": said.text,
+        "tokens": said.tokens,
+    }
     del model
     gc.collect()
     return row, quality
@@ -106,8 +140,16 @@ COLUMNS = ("", "size MB", "of float", "perplexity", "KL", "prompt tok/s", "text 
 def cells(row, base) -> list[str]:
     def number(value, digits):
         return "-" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
-    return [row["name"], number(row["bytes"] / 1e6, 1), f"{row['bytes'] / base['bytes']:.0%}", number(row["perplexity"], 3),
-            number(row["kl"], 4), number(row["prefill"], 0), number(row["decode"], 1)]
+
+    return [
+        row["name"],
+        number(row["bytes"] / 1e6, 1),
+        f"{row['bytes'] / base['bytes']:.0%}",
+        number(row["perplexity"], 3),
+        number(row["kl"], 4),
+        number(row["prefill"], 0),
+        number(row["decode"], 1),
+    ]
 
 
 def show(rows) -> None:
@@ -134,12 +176,15 @@ def show(rows) -> None:
 def plain_table(lines) -> str:
     """Columns padded to their widest cell; the first one to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
-                     for line in lines)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def status(line: str) -> None:
     """What is being done, on a terminal only; the next line overwrites it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-

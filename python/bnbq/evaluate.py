@@ -39,13 +39,16 @@ class Text:
 def python_text() -> Text:
     """The held-out part of the running Python's own documentation."""
     import platform
+
     try:
         from pydoc_data.topics import topics
     except ImportError as error:  # some distributions put it into a package of its own
         raise UserError("this Python comes without pydoc_data.topics: give a text with --text FILE") from error
     pages = [topics[name] for name in sorted(topics)]
     text = "\n\n".join(pages)
-    return Text(f"the language reference of Python {platform.python_version()}", text[int(len(text) * CALIBRATION_SHARE):])
+    return Text(
+        f"the language reference of Python {platform.python_version()}", text[int(len(text) * CALIBRATION_SHARE) :]
+    )
 
 
 def file_text(path) -> Text:
@@ -60,7 +63,7 @@ def windows(tokenizer, text: str, count: int, length: int) -> list[torch.Tensor]
     if not count:
         raise UserError(f"the text has {len(ids)} tokens, one window needs {length}")
     step = (len(ids) - length) / max(1, count - 1)
-    return [ids[int(i * step):int(i * step) + length] for i in range(count)]
+    return [ids[int(i * step) : int(i * step) + length] for i in range(count)]
 
 
 @dataclass
@@ -89,12 +92,12 @@ def judge(model, wins, reference: Quality | None = None, keep: bool = False) -> 
         logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0].cpu()
         total = 0.0
         for start in range(0, len(window) - 1, 128):  # a slice at a time: fp32 logits of a window are big
-            part = logits[start:start + 128].float()
-            target = window[start + 1:start + 129]
-            total += torch.nn.functional.cross_entropy(part[:len(target)], target, reduction="sum").item()
+            part = logits[start : start + 128].float()
+            target = window[start + 1 : start + 129]
+            total += torch.nn.functional.cross_entropy(part[: len(target)], target, reduction="sum").item()
         losses.append(total / (len(window) - 1))
         if keep or reference:
-            q = logits[KL_STRIDE - 1::KL_STRIDE].float().log_softmax(-1)
+            q = logits[KL_STRIDE - 1 :: KL_STRIDE].float().log_softmax(-1)
         if keep:
             kept.append(q)
         if reference:
@@ -119,7 +122,7 @@ class Stopwatch:
 
     def intervals(self) -> list[float]:
         """Seconds for each token after the first; the first one's time is the prompt's."""
-        return [b - a for a, b in zip(self.times[1:], self.times[2:])]
+        return [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]
 
 
 @dataclass
@@ -136,8 +139,9 @@ class Generation:
 def generate(model, tokenizer, prompt: str, new_tokens: int) -> Generation:
     """Greedy continuation of a prompt (through the chat template if there is one) and the decode speed."""
     if getattr(tokenizer, "chat_template", None):
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                               add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -146,7 +150,7 @@ def generate(model, tokenizer, prompt: str, new_tokens: int) -> Generation:
     watch = Stopwatch()
     model.generate(**inputs, do_sample=False, max_new_tokens=4, pad_token_id=pad)
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, pad_token_id=pad, streamer=watch)
-    new = ids[0, inputs["input_ids"].shape[1]:].tolist()
+    new = ids[0, inputs["input_ids"].shape[1] :].tolist()
     rate, spread = rates(watch.intervals(), 1)
     return Generation(tokenizer.decode(new, skip_special_tokens=True).strip(), new, rate, spread)
 
@@ -155,7 +159,8 @@ def generate(model, tokenizer, prompt: str, new_tokens: int) -> Generation:
 def prefill_rate(model, window, rounds: int = 3):
     """Tokens/s at which a prompt is read (only its last position's logits are made): median, (worst, best)."""
     import inspect
-    arguments = dict(input_ids=window[None].to(model.device), use_cache=True)
+
+    arguments = {"input_ids": window[None].to(model.device), "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"] = 1
     seconds = []

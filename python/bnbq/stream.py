@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +19,8 @@ import torch
 from . import checkpoint, checkpoint_bnb, ops, shards
 from .config import COMPUTE_DTYPES, BnbqConfig
 from .errors import UserError
+from .folders import check_places, copy_side_files, staging
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 FLOAT_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -60,19 +59,31 @@ class Summary:
         """One line: how much was quantised and what was not."""
         share = 100 * self.bytes_quantized / max(self.bytes_before, 1)
         kept = f"; kept: {', '.join(self.kept[:6])}{' ...' if len(self.kept) > 6 else ''}" if self.kept else ""
-        large = [f"{name} ({megabytes(size)} MB)" for name, size in sorted(self.copied.items(), key=lambda item: -item[1])
-                 if size > 0.05 * self.bytes_before]
-        return (f"{self.path}: {self.quantized} of {self.linears} linear layers, {share:.1f} % of the bytes, "
-                f"{megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} MB in {self.shards} "
-                f"file{'s' if self.shards != 1 else ''}{kept}{f'; copied: ' + ', '.join(large[:4]) if large else ''}")
+        large = [
+            f"{name} ({megabytes(size)} MB)"
+            for name, size in sorted(self.copied.items(), key=lambda item: -item[1])
+            if size > 0.05 * self.bytes_before
+        ]
+        return (
+            f"{self.path}: {self.quantized} of {self.linears} linear layers, {share:.1f} % of the bytes, "
+            f"{megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} MB in {self.shards} "
+            f"file{'s' if self.shards != 1 else ''}{kept}{'; copied: ' + ', '.join(large[:4]) if large else ''}"
+        )
 
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f}"
 
 
-def quantize_checkpoint(src, dst, config: BnbqConfig | None = None, *, max_shard_size: int = 5 * 10**9, force: bool = False,
-                        progress: bool | None = None) -> Summary:
+def quantize_checkpoint(
+    src,
+    dst,
+    config: BnbqConfig | None = None,
+    *,
+    max_shard_size: int = 5 * 10**9,
+    force: bool = False,
+    progress: bool | None = None,
+) -> Summary:
     """Quantise the checkpoint directory ``src`` into a new directory ``dst``.
 
     Args:
@@ -107,72 +118,20 @@ def quantize_checkpoint(src, dst, config: BnbqConfig | None = None, *, max_shard
     for job in jobs:
         if job.module is None:
             copied[wildcards(job.key)] = copied.get(wildcards(job.key), 0) + job.nbytes
-    return Summary(dst, len(quantized), len(quantized) + len(kept), sum(job.nbytes for job in jobs), written,
-                   sum(job.nbytes for job in quantized), len(groups), kept, copied)
+    return Summary(
+        dst,
+        len(quantized),
+        len(quantized) + len(kept),
+        sum(job.nbytes for job in jobs),
+        written,
+        sum(job.nbytes for job in quantized),
+        len(groups),
+        kept,
+        copied,
+    )
 
 
-# ------------------------------------------------------------------ places
-
-def check_places(src: Path, dst: Path, force: bool) -> None:
-    """Refuse a source that is no checkpoint, and a destination that would overwrite something."""
-    if not src.is_dir():
-        raise UserError(f"{src}: not a directory (a model of the hub must be downloaded first: hf download NAME)")
-    a, b = src.resolve(), dst.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise UserError(f"{dst}: must lie outside of {src}, and not around it")
-    if not b.parent.is_dir():
-        raise UserError(f"{dst}: its parent directory does not exist")
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        if not force:
-            raise UserError(f"{dst}: exists and is not empty; give --force to replace it")
-        if not dst.is_dir() or not (dst / "config.json").is_file():
-            raise UserError(f"{dst}: --force replaces a checkpoint, but there is no config.json in it")
-
-
-class staging:
-    """A temporary directory beside ``dst``, renamed to it on success and removed on any exception."""
-
-    def __init__(self, dst: Path, force: bool):
-        self.dst, self.force = dst.absolute(), force
-
-    def __enter__(self) -> Path:
-        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.dst.name}.unfinished-", dir=self.dst.parent))
-        self.folder.chmod(0o755)
-        return self.folder
-
-    def __exit__(self, kind, value, traceback):
-        try:
-            if kind is None:
-                self.publish()
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def publish(self):
-        old = None
-        if self.force and self.dst.exists() and any(self.dst.iterdir()):
-            old = Path(tempfile.mkdtemp(prefix=f".{self.dst.name}.replaced-", dir=self.dst.parent))
-            self.dst.rename(old / "checkpoint")
-        try:
-            self.folder.rename(self.dst)  # POSIX replaces an empty directory
-        except OSError as error:
-            if old is not None:
-                (old / "checkpoint").rename(self.dst)
-            raise UserError(f"{self.dst}: could not be put in place ({error})") from error
-        finally:
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
-
-
-def copy_side_files(src: Path, folder: Path) -> None:
-    """Tokenizer, generation config, licence: every file of the top level that holds no weights."""
-    for path in sorted(src.iterdir()):
-        name = path.name
-        if path.is_dir():
-            if name == "additional_chat_templates":
-                shutil.copytree(path, folder / name)
-        elif path.is_file() and not name.startswith(".") and path.suffix not in WEIGHT_SUFFIXES \
-                and not name.endswith(".index.json") and name != "config.json":
-            shutil.copyfile(path, folder / name)
+# ------------------------------------------------------------------ config.json
 
 
 def read_config(src: Path) -> dict:
@@ -186,7 +145,8 @@ def read_config(src: Path) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds a {type(config).__name__}, an object is wanted")
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+        settings = config["quantization_config"]
+        method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else "unknown method"
         raise UserError(f"{src}: already quantised ({method}); give the float checkpoint")
     return config
 
@@ -206,17 +166,21 @@ def write_config(folder: Path, source_config: dict, config: BnbqConfig, dtype: t
 
 # ------------------------------------------------------------------ plan
 
+
 def meta_model(src: Path, source_config: dict, source: shards.Source):
     """The model without storage, and the dtype that from_pretrained would give it."""
     import transformers
+
     names = source_config.get("architectures") or []
     model_class = getattr(transformers, names[0], None) if names else None
     if model_class is None:
-        raise UserError(f"{src / 'config.json'}: architectures is {names}, and Transformers {transformers.__version__} "
-                        "has no such class")
+        raise UserError(
+            f"{src / 'config.json'}: architectures is {names}, and Transformers {transformers.__version__} "
+            "has no such class"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(src, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, TypeError, OSError, KeyError) as error:
         raise UserError(f"{src / 'config.json'}: {error}") from error
     dtype = getattr(config, "dtype", None)
     if dtype is None:
@@ -238,6 +202,7 @@ class Names:
         try:
             from transformers import core_model_loading as loading
             from transformers.conversion_mapping import get_model_conversion_mapping
+
             rules = get_model_conversion_mapping(model)
             self.renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
             self.converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
@@ -261,11 +226,14 @@ class Names:
 def plan(model, source: shards.Source, config: BnbqConfig):
     """(jobs in the files' order, names of the linear layers that stay float)."""
     from .replace import select
+
     selection = select(model, config)
     selected, names, files = selection.modules, Names(model), source.locate()
     native = native_parts(config)
-    after = {**{name: True for name in names.known if name.removesuffix(".weight") not in selected},
-             **{f"{module}.{part}": True for module in selected for part in native}}
+    after = {
+        **{name: True for name in names.known if name.removesuffix(".weight") not in selected},
+        **{f"{module}.{part}": True for module in selected for part in native},
+    }
     jobs, found = [], {}
     for key, file in files.items():
         nbytes = shards.tensor_bytes(source, key)
@@ -275,21 +243,39 @@ def plan(model, source: shards.Source, config: BnbqConfig):
             jobs.append(Job(key, file, nbytes, outputs=[key], size=nbytes))
             continue
         if converted or module in found:
-            raise UserError(f"{source.folder / file}: {key!r} and others are merged or split into {name!r} when loaded, which "
-                            "cannot be streamed; load the model with a quantization_config and save_pretrained it")
+            raise UserError(
+                f"{source.folder / file}: {key!r} and others are merged or split into {name!r} when loaded, which "
+                "cannot be streamed; load the model with a quantization_config and save_pretrained it"
+            )
         found[module] = key
         n, k, transposed = layer_shape(selected[module])
         if source.shapes[key] != ((k, n) if transposed else (n, k)):
-            raise UserError(f"{source.folder / file}: {key!r} has shape {list(source.shapes[key])}, "
-                            f"the model wants {[k, n] if transposed else [n, k]}")
+            raise UserError(
+                f"{source.folder / file}: {key!r} has shape {list(source.shapes[key])}, "
+                f"the model wants {[k, n] if transposed else [n, k]}"
+            )
         if source.dtypes[key] not in FLOAT_NAMES:
-            raise UserError(f"{source.folder / file}: {key!r} has dtype {source.dtypes[key]}, "
-                            f"one of {', '.join(FLOAT_NAMES)} is wanted")
+            raise UserError(
+                f"{source.folder / file}: {key!r} has dtype {source.dtypes[key]}, "
+                f"one of {', '.join(FLOAT_NAMES)} is wanted"
+            )
         prefix = key.removesuffix(".weight")
         if names.find(f"{prefix}.qweight", after)[0] != f"{module}.qweight":
             prefix = module  # the file's name would not be recognised with another ending: use the model's
-        jobs.append(Job(key, file, nbytes, prefix, module, (n, k), transposed, [f"{prefix}.{part}" for part in stored_parts(config)],
-                        [f"{checkpoint.CRC_PREFIX}{prefix}.{part}" for part in native], packed_size(n, k, config)))
+        jobs.append(
+            Job(
+                key,
+                file,
+                nbytes,
+                prefix,
+                module,
+                (n, k),
+                transposed,
+                [f"{prefix}.{part}" for part in stored_parts(config)],
+                [f"{checkpoint.CRC_PREFIX}{prefix}.{part}" for part in native],
+                packed_size(n, k, config),
+            )
+        )
     lost = sorted(selected.keys() - found.keys())
     if holes := [name for name in lost if wildcards(name) in set(map(wildcards, found))]:
         raise UserError(f"{source.folder}: has no weight for {', '.join(holes[:3])}{' ...' if len(holes) > 3 else ''}")
@@ -346,6 +332,7 @@ def split(jobs: list[Job], limit: int) -> list[list[Job]]:
 
 # ------------------------------------------------------------------ work
 
+
 def write_shards(folder: Path, groups, source: shards.Source, config: BnbqConfig, dtype, progress) -> int:
     """Write every shard and the index; returns the bytes of the tensors written."""
     weight_map, total = {}, 0
@@ -355,43 +342,60 @@ def write_shards(folder: Path, groups, source: shards.Source, config: BnbqConfig
             outputs = [output for job in group for output in job.outputs]
             sums: dict[str, str] = {}
             metadata = {"format": "pt", "bnbq_version": str(config.version)}
-            with shards.ShardWriter(folder / name, outputs, metadata, later=[s for job in group for s in job.checksums]) as shard:
+            with shards.ShardWriter(
+                folder / name, outputs, metadata, later=[s for job in group for s in job.checksums]
+            ) as shard:
                 for job in group:
                     tensors, packed = convert(job, source, config, dtype)
                     for output, tensor in tensors.items():
                         shard.add(output, tensor)
-                    sums.update(zip(job.checksums, map(checkpoint.crc32, packed)))
+                    sums.update(zip(job.checksums, map(checkpoint.crc32, packed), strict=True))
                     advance(job.nbytes)
                 shard.close(sums)
                 total += shard.position
             weight_map.update(dict.fromkeys(outputs, name))
     if len(groups) > 1:
-        index = dict(metadata=dict(total_size=total), weight_map=dict(sorted(weight_map.items())))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / shards.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total
 
 
 def convert(job: Job, source: shards.Source, config: BnbqConfig, dtype: torch.dtype):
-    """(the tensors that one tensor of the source becomes, by their names in the file; the packed ones, for their checksums)."""
+    """(what one tensor of the source becomes, by names in the file; the packed tensors alone, for checksums)."""
     tensor = source.tensor(job.file, job.key)
     if job.module is None:
         return {job.key: tensor}, ()
-    weight = tensor.to(torch.float32 if dtype == torch.float64 else dtype)  # as from_pretrained does before it quantises
+    # from_pretrained rounds to the model's dtype before it quantises, and so the bytes are the same
+    weight = tensor.to(torch.float32 if dtype == torch.float64 else dtype)
     weight = weight.t().contiguous() if job.transposed else weight
     try:
         if config.bits == 8:
-            native = dict(zip(("qweight", "absmax"), ops.quantize_8bit(weight, blocksize=config.blocksize)))
+            native = dict(
+                zip(("qweight", "absmax"), ops.quantize_8bit(weight, blocksize=config.blocksize), strict=True)
+            )
         else:
-            native = ops.quantize_4bit(weight, quant_type=config.quant_type, blocksize=config.blocksize,
-                                       double_quant=config.double_quant)._asdict()
+            native = ops.quantize_4bit(
+                weight, quant_type=config.quant_type, blocksize=config.blocksize, double_quant=config.double_quant
+            )._asdict()
     except ValueError as error:
-        raise UserError(f"{source.folder / job.file}: tensor {job.key!r}: {where_not_finite(tensor, dtype) or error}") from error
+        raise UserError(
+            f"{source.folder / job.file}: tensor {job.key!r}: {where_not_finite(tensor, dtype) or error}"
+        ) from error
     native = {part: value for part, value in native.items() if value is not None}
     named = native
     if config.checkpoint_format == "bitsandbytes":
-        named = checkpoint_bnb.bnb8_from_native(native, blocksize=config.blocksize, layer=job.module) if config.bits == 8 \
-            else checkpoint_bnb.bnb4_from_native(native, quant_type=config.quant_type, blocksize=config.blocksize,
-                                                 shape=job.shape, dtype=dtype, layer=job.module)
+        named = (
+            checkpoint_bnb.bnb8_from_native(native, blocksize=config.blocksize, layer=job.module)
+            if config.bits == 8
+            else checkpoint_bnb.bnb4_from_native(
+                native,
+                quant_type=config.quant_type,
+                blocksize=config.blocksize,
+                shape=job.shape,
+                dtype=dtype,
+                layer=job.module,
+            )
+        )
     return {f"{job.prefix}.{part}": value for part, value in named.items()}, tuple(native.values())
 
 
@@ -428,12 +432,20 @@ class bar:
 def main(arguments) -> int:
     """Run ``bnbq quantize``; ``arguments`` as cli.py parses them."""
     eight = arguments.format == "int8"
-    config = BnbqConfig(bits=8 if eight else 4, quant_type=arguments.format, blocksize=arguments.blocksize,
-                        double_quant=arguments.double_quant or None, compute_dtype=arguments.compute_dtype,
-                        skip_modules=arguments.skip, checkpoint_format=arguments.checkpoint_format)
+    config = BnbqConfig(
+        bits=8 if eight else 4,
+        quant_type=arguments.format,
+        blocksize=arguments.blocksize,
+        double_quant=arguments.double_quant or None,
+        compute_dtype=arguments.compute_dtype,
+        skip_modules=arguments.skip,
+        checkpoint_format=arguments.checkpoint_format,
+    )
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    summary = quantize_checkpoint(arguments.src, arguments.dst, config, max_shard_size=arguments.max_shard_size, force=arguments.force)
+    summary = quantize_checkpoint(
+        arguments.src, arguments.dst, config, max_shard_size=arguments.max_shard_size, force=arguments.force
+    )
     print(summary.text())
     return 0
