@@ -86,8 +86,8 @@ def sample(run, x, start: int) -> tuple[float, int]:
 def machine() -> dict:
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {"cpu": cpu, "features": list(_bnbq.cpu_features()), "isa": _bnbq.isa(), "commit": commit,
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {"cpu": cpu, "features": list(_bnbq.cpu_features()), "isa": _bnbq.isa(), "commit": git.stdout.strip(),
             "bnbq": bnbq.__version__, "torch": torch.__version__}
 
 
@@ -118,8 +118,9 @@ def main() -> None:
                             seconds, index[name] = sample(run, x, index[name])
                             times[name].append(seconds * 1e3)
                     for name, values in times.items():
-                        row = {"n": n, "k": k, "m": m, "threads": threads, "contender": name, "ms": statistics.median(values),
-                               "ms_min": min(values), "ms_max": max(values), "rounds": len(values), **about}
+                        row = {"n": n, "k": k, "m": m, "threads": threads, "contender": name,
+                               "ms": statistics.median(values), "ms_min": min(values), "ms_max": max(values),
+                               "rounds": len(values), **about}
                         out.write(json.dumps(row) + "\n")
                     out.flush()
                     print(f"{shape} m={m:<4} threads={threads}  " +

@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,10 +21,14 @@ def demo() -> str:
     if not path.exists():
         return "No results yet: `bnbq demo --json benchmarks/results/demo.json`."
     result = json.loads(path.read_text())
-    rows = [(r["name"], f"{r['bytes'] / 1e6:.1f}", f"{r['perplexity']:.3f}", f"{r['prefill_tokens_per_second']:.0f}",
-             f"{r['decode_tokens_per_second']:.1f}") for r in result["rows"]]
-    table = markdown(["model", "MB", "perplexity", "prefill tokens/s", "decode tokens/s"], rows)
-    return f"`bnbq demo` on {result['machine']}, {result['threads']} threads, {result['model']}: {result['note']}\n\n{table}"
+    table = markdown(
+        ["weights", "MB", "perplexity", "prompt tokens/s", "text tokens/s"],
+        [(row["name"], f"{row['bytes'] / 1e6:.1f}", f"{row['perplexity']:.3f}", f"{row['prefill']:.0f}",
+          f"{row['decode']:.1f}") for row in result["rows"]])
+    return (f"`bnbq demo` with {result['model']}: perplexity on {result['windows']} x {result['length']} tokens of "
+            f"{result['text']}, speeds on {result['cpu']} with {result['threads']} threads and {result['isa']} "
+            f"kernels. The model's linear weights were Q4_1 (4 bits) before: the table compares implementations and is "
+            f"no figure for what nf4 costs.\n\n{table}")
 
 
 def layers() -> str:
@@ -33,22 +36,28 @@ def layers() -> str:
     path = RESULTS / "layers.jsonl"
     if not path.exists():
         return "No results yet: `python -m benchmarks.against`."
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [r for r in rows if r["commit"] == rows[-1]["commit"] and (r["n"], r["k"]) == (4096, 4096) and r["threads"] == 1]
-    names = list(dict.fromkeys(r["contender"] for r in rows))
-    cells = {(r["contender"], r["m"]): f"{r['ms']:.2f} ({r['ms_min']:.2f}-{r['ms_max']:.2f})" for r in rows}
-    batches = sorted({r["m"] for r in rows})
-    table = markdown(["ms", *(f"m = {m}" for m in batches)], [(name, *(cells[name, m] for m in batches)) for name in names])
-    return (f"A 4096 x 4096 layer, bf16 in and out, one thread, cold weights, median (range) of {rows[-1]['rounds']} rounds; "
-            f"{rows[-1]['cpu']}, {rows[-1]['isa']} kernels, `python -m benchmarks.against`:\n\n{table}")
+    every = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in every if row["commit"] == every[-1]["commit"] and row["n"] == row["k"] == 4096]
+    rows = [row for row in rows if row["threads"] == 1]
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    cells = {(row["contender"], row["m"]): f"{row['ms']:.2f} ({row['ms_min']:.2f}-{row['ms_max']:.2f})" for row in rows}
+    batches = sorted({row["m"] for row in rows})
+    table = markdown(["ms", *(f"m = {m}" for m in batches)],
+                     [(name, *(cells[name, m] for m in batches)) for name in names])
+    return (f"A 4096 x 4096 layer, bf16 in and out, six outlier columns, one thread, cold weights, median (range) of "
+            f"{rows[-1]['rounds']} rounds on {rows[-1]['cpu']} with {rows[-1]['isa']} kernels "
+            f"(`python -m benchmarks.against`):\n\n{table}")
 
 
 def render(readme: str) -> str:
+    """The README with its generated parts replaced."""
     for name, text in (("demo", demo()), ("layers", layers())):
-        readme = re.sub(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        before, _, rest = readme.partition(begin)
+        readme = f"{before}{begin}{text}\n{end}{rest.partition(end)[2]}"
     return readme
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text()))
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What runs under AddressSanitizer and UBSan: everything that hands memory to the C core.
 CORE_TESTS = ["test_quantize.py", "test_linear.py", "test_golden.py", "test_errors_core.py", "test_dlpack.py"]
-SLOWER_TESTS = ["test_transformers.py", "test_peft.py", "test_accelerate.py", "test_bitsandbytes_parity.py", "test_state_machine.py"]
+SLOWER_TESTS = ["test_transformers.py", "test_architectures.py", "test_peft.py", "test_accelerate.py", "test_bitsandbytes_parity.py", "test_state_machine.py"]
 
 failures = []
 
@@ -61,8 +61,10 @@ def tests(arguments) -> None:
 def hardening() -> None:
     """The core's tests on a build with sanitizers, beside the normal one."""
     compiler = os.environ.get("CC", "gcc")
-    asan = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(asan):
+    # libstdc++ is preloaded too: the sanitizer must find the real __cxa_throw before torch loads it.
+    preload = [subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+               for name in ("libasan.so", "libstdc++.so")]
+    if not os.path.isabs(preload[0]):
         print(f"== hardening: skipped, {compiler} has no libasan.so")
         return
     target = ROOT / "build" / "sanitized"
@@ -70,11 +72,19 @@ def hardening() -> None:
     shutil.copytree(ROOT / "python", target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     built = run("sanitizer build", [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", "build/sanitized-objects",
                                     "--build-lib", target], BNBQ_SANITIZE="address,undefined", BNBQ_DEBUG="1")
+    log = ROOT / "build" / "sanitizer-report"
+    for old in log.parent.glob(f"{log.name}*"):
+        old.unlink()
     if built:
         run("sanitized tests", [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
                                 *[f"tests/{name}" for name in CORE_TESTS], "-m", "not slow"],
-            PYTHONPATH=str(target), LD_PRELOAD=asan, ASAN_OPTIONS="detect_leaks=0:abort_on_error=1", UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
-            BNBQ_TEST_SANITIZED="1")
+            PYTHONPATH=str(target), LD_PRELOAD=" ".join(preload),
+            ASAN_OPTIONS=f"detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:log_path={log}",
+            UBSAN_OPTIONS=f"halt_on_error=1:print_stacktrace=1:log_path={log}")
+        if "sanitized tests" in failures:  # pytest swallows what a dying process writes to stderr
+            for report in log.parent.glob(f"{log.name}*"):
+                lines = [line for line in report.read_text().splitlines() if "failed to allocate" not in line]
+                print("\n".join(lines[:40]))
 
 
 def kernels() -> None:
