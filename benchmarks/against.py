@@ -63,6 +63,8 @@ def contenders(n: int, k: int):
         layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
         layer.weight = bnb.nn.Params4bit(w.bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=False)
         four_layers.append(layer.to("cpu").eval())
+    for layer in four_layers:  # it repacks the weight in its first forward on a CPU: not timed
+        layer(torch.zeros(1, k, dtype=torch.bfloat16))
     yield "bitsandbytes nf4", lambda x, i: four_layers[i % len(four_layers)](x)
     for _ in range(count8):
         layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)
