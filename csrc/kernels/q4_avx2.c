@@ -11,11 +11,11 @@
  * Natural order (dequantise, backward): a register holds half the codebook, scaled; four packed
  * bytes are broadcast, each lane shifts its own code up, vpermps looks three bits of it up in both
  * halves and the fourth, the sign bit by then, blends. In the forward pass it was slower (Zen 4:
- * m = 1 1.37 ms against 1.17), and vpermps is slower still on earlier Zen.
+ * m = 1 1.37 ms against 1.17), and tables of earlier Zen cores list vpermps as slower still.
  *
  * Source: encoding is a binary search (Knuth 6.2.1) whose loads are blends and permutes.
- * History, 4096 x 4096 nf4, one hyperthread of a busy Zen 4 core, weights from DRAM: m = 1 1.2 ms,
- * 4 2.1, 16 6.6, 64 22, 256 87 (the FMA units allow 73).
+ * History, 4096 x 4096 nf4, one thread of a busy Zen 4 at 3.65 GHz, weights from DRAM: m = 1
+ * 1.2 ms, 4 2.1, 16 6.6, 64 22, 256 87 (the FMA units allow 73).
  */
 #include "../kernels.h"
 #include "backward_avx2.h"

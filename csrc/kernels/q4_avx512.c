@@ -12,7 +12,7 @@
  * Sources: the word trick and the order of prefetches are from measured bare loops (4096 x 4096,
  * one thread of a Sapphire Rapids: m = 1 0.62 ms where memory allows 0.45; weights in bf16 or
  * vdpbf16ps gained nothing). Encoding is a binary search (Knuth 6.2.1) with permutes as loads.
- * History, 4096 x 4096 nf4, one hyperthread of a busy Zen 4 core (one FMA of 512 bits per cycle),
+ * History, 4096 x 4096 nf4, one thread of a busy Zen 4 at 3.65 GHz (one FMA of 512 bits per cycle),
  * weights from DRAM: m = 1 0.67 ms, 4 1.5, 16 5.8, 64 20, 256 83 (the FMA unit allows 73).
  * Multiplications instead of shifts (vpmulhuw) were slower there; four rows of W at a time beat
  * four pieces of one row, by a third where x[k] exceeds L1.
