@@ -15,6 +15,12 @@ def markdown(header: list, rows: list) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
+def spread(row: dict, name: str, digits: int) -> str:
+    """Median and range of a speed."""
+    low, high = row[f"{name}_spread"]
+    return f"{row[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
 def demo() -> str:
     """Size, perplexity and speed of the demo's model."""
     path = RESULTS / "demo.json"
@@ -22,9 +28,9 @@ def demo() -> str:
         return "No results yet: `bnbq demo --json benchmarks/results/demo.json`."
     result = json.loads(path.read_text())
     table = markdown(
-        ["weights", "MB", "perplexity", "prompt tokens/s", "text tokens/s"],
-        [(row["name"], f"{row['bytes'] / 1e6:.1f}", f"{row['perplexity']:.3f}", f"{row['prefill']:.0f}",
-          f"{row['decode']:.1f}") for row in result["rows"]])
+        ["weights", "MB", "perplexity", "prompt tokens/s (range)", "text tokens/s (range)"],
+        [(row["name"], f"{row['bytes'] / 1e6:.1f}", f"{row['perplexity']:.3f}", spread(row, "prefill", 0),
+          spread(row, "decode", 1)) for row in result["rows"]])
     return (f"`bnbq demo` with {result['model']}: perplexity on {result['windows']} x {result['length']} tokens of "
             f"{result['text']}, speeds on {result['cpu']} with {result['threads']} threads and {result['isa']} "
             f"kernels. The model's linear weights were Q4_1 (4 bits) before: the table compares implementations and is "
