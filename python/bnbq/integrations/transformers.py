@@ -74,7 +74,7 @@ class BnbqQuantizer(HfQuantizer):
         if not hasattr(HfQuantizer, "update_weight_conversions"):
             import transformers
 
-            raise ImportError(f"bnbq needs transformers 5 or later; {transformers.__version__} is installed")
+            raise ImportError(f"bnbq needs transformers 5.23 or later; {transformers.__version__} is installed")
         for device in device_map.values() if isinstance(device_map, dict) else ():
             if placement.as_device(device) != "disk":
                 placement.check_device_is_there(placement.as_device(device))
