@@ -73,7 +73,7 @@ class Linear4bit(torch.autograd.Function):
         x, qweight, absmax, absmax2, absmax_offset, bias, _, *settings = inputs
         ctx.save_for_backward(qweight, absmax, absmax2, absmax_offset)
         ctx.settings = x.shape[-1], *settings
-        ctx.bias, ctx.bias_dtype = 5, None if bias is None else bias.dtype
+        ctx.bias, ctx.bias_dtype = BIAS["linear4bit"], None if bias is None else bias.dtype
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -110,7 +110,7 @@ class Linear8bitLt(torch.autograd.Function):
     def save(ctx, inputs, output=None):
         _, qweight, absmax, bias, _, ctx.blocksize = inputs
         ctx.save_for_backward(qweight, absmax)
-        ctx.bias, ctx.bias_dtype = 3, None if bias is None else bias.dtype
+        ctx.bias, ctx.bias_dtype = BIAS["linear8bitlt"], None if bias is None else bias.dtype
 
     @staticmethod
     def forward(ctx, *inputs):
