@@ -27,7 +27,8 @@ from setuptools.errors import CompileError, PlatformError
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 VNNI = [*AVX512, "-mavx512vnni"]
-AMX = [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+BF16 = [*VNNI, "-mavx512bf16"]
+AMX = [*BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 
 KERNELS = {
     "any": {"edge_scalar": [], "q4_scalar": [], "s8_scalar": []},
@@ -35,6 +36,7 @@ KERNELS = {
         "edge_avx2": AVX2,
         "q4_avx2": AVX2,
         "q4_avx512": AVX512,
+        "q4_avx512bf16": BF16,
         "q4_amx": AMX,
         "s8_avx2": AVX2,
         "s8_avx512vnni": VNNI,

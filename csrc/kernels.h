@@ -28,6 +28,7 @@ typedef enum bnbq_isa {
     BNBQ_ISA_NEON,
     BNBQ_ISA_AVX2,
     BNBQ_ISA_AVX512,
+    BNBQ_ISA_AVX512BF16,
     BNBQ_ISA_AMX,
     BNBQ_ISAS,
 } bnbq_isa;
@@ -38,6 +39,7 @@ enum {
     BNBQ_TILE_N = 64,        /* rows of W per call of a linear kernel, at most */
     BNBQ_TILE_K = 256,       /* columns of W per call of a backward kernel, at most */
     BNBQ_MAX_K_S8 = 1 << 17, /* k of an int8 product, at most: 2^17 * 127 * 128 < 2^31 */
+    BNBQ_BF16_FORMS = 2,     /* of a bf16 product in one table */
 };
 
 typedef struct bnbq_edge_kernels {
@@ -73,6 +75,11 @@ typedef struct bnbq_q4_linear {
                 int64_t ldy, void *scratch);
 } bnbq_q4_linear;
 
+typedef struct bnbq_q4_form {
+    int64_t min_m; /* rows of x from which on it is the fastest; 0: there is no such form */
+    bnbq_q4_linear linear;
+} bnbq_q4_form;
+
 typedef struct bnbq_q4_kernels {
     const char *isa;
     bnbq_isa level;
@@ -87,15 +94,20 @@ typedef struct bnbq_q4_kernels {
                        int64_t count, int64_t blocksize, float *w);
     /* Weights and activations as they are in fp32: serves every compute dtype. */
     bnbq_q4_linear linear;
-    /* x is bf16-valued and weights may be rounded to bf16 once. Rows without one name `linear`. */
-    bnbq_q4_linear linear_bf16;
-    int64_t bf16_min_m; /* the front takes linear_bf16 from this m on (bf16 compute dtype only) */
+    /* For x of bf16 values, with each weight rounded to bf16 once. In ascending min_m: the front
+     * takes the last whose min_m is not above m, and `linear` where there is none. */
+    bnbq_q4_form bf16[BNBQ_BF16_FORMS];
     /* gx[m, cols] = gy[m, n] . W[n, k0 .. k0+cols), sums in fp32 over n in ascending order.
      * w describes all n rows; k0 % 32 == 0, 1 <= cols <= BNBQ_TILE_K, cols even,
      * 1 <= m <= BNBQ_TILE_M. gy: f32, row stride ldg. gx: f32, row stride ldgx, 64-byte aligned.
      * scratch: BNBQ_BACKWARD_SCRATCH bytes. */
     void (*backward)(const float *gy, int64_t ldg, int64_t m, const bnbq_q4_rows *w, int64_t n,
                      int64_t k0, int64_t cols, float *gx, int64_t ldgx, void *scratch);
+    /* The same with gy in bf16 and each weight rounded to bf16 once; ldg is even, and if n is odd
+     * there is a zero behind each row of gy. NULL: there is none. */
+    void (*backward_bf16)(const uint16_t *gy, int64_t ldg, int64_t m, const bnbq_q4_rows *w,
+                          int64_t n, int64_t k0, int64_t cols, float *gx, int64_t ldgx,
+                          void *scratch);
 } bnbq_q4_kernels;
 
 enum { BNBQ_BACKWARD_SCRATCH = 128 * 1024 };
@@ -126,8 +138,8 @@ typedef struct bnbq_s8_kernels {
 
 /* The rows, one file each: kernels/<family>_<isa>.c. Which exist depends on the processor. */
 extern const bnbq_edge_kernels bnbq_edge_scalar, bnbq_edge_avx2;
-extern const bnbq_q4_kernels bnbq_q4_scalar, bnbq_q4_avx2, bnbq_q4_avx512, bnbq_q4_amx;
-extern const bnbq_q4_kernels bnbq_q4_neon;
+extern const bnbq_q4_kernels bnbq_q4_scalar, bnbq_q4_avx2, bnbq_q4_avx512;
+extern const bnbq_q4_kernels bnbq_q4_avx512bf16, bnbq_q4_amx, bnbq_q4_neon;
 extern const bnbq_s8_kernels bnbq_s8_scalar, bnbq_s8_avx2, bnbq_s8_avx512vnni, bnbq_s8_amx;
 extern const bnbq_s8_kernels bnbq_s8_neon;
 
@@ -137,7 +149,7 @@ const bnbq_edge_kernels *bnbq_edge(void);
 const bnbq_q4_kernels *bnbq_q4(void);
 const bnbq_s8_kernels *bnbq_s8(void);
 
-const char *bnbq_isa_name(bnbq_isa isa); /* "scalar", "neon", "avx2", "avx512", "amx" */
+const char *bnbq_isa_name(bnbq_isa isa); /* "scalar", "avx512bf16", ... */
 /* Parse a name; false when it is none of the above. */
 bool bnbq_parse_isa(const char *name, bnbq_isa *isa);
 /* Cap what is used from the next call on, for the whole process. */
@@ -150,6 +162,7 @@ typedef struct bnbq_row_info {
     bnbq_isa level;
     uint32_t needs, missing; /* feature bits; missing == 0: this processor can run it */
     bool in_use;
+    int64_t bf16_min_m; /* q4: rows of x from which on weights are rounded to bf16; 0: never */
 } bnbq_row_info;
 bool bnbq_row(const char *family, int i, bnbq_row_info *info);
 

@@ -184,8 +184,11 @@ bnbq_status bnbq_linear_4bit(const bnbq_tensor *x, const bnbq_weight4 *w, const 
         op.bias = bnbq_view_rows(bias);
     if (rows_hold_whole_blocks(w) && w->k > 0) {
         const bnbq_q4_kernels *kernels = bnbq_q4();
-        bool bf16 = compute_dtype == BNBQ_BF16 && m >= kernels->bf16_min_m;
-        op.linear = bf16 && !bnbq_batch_invariant() ? &kernels->linear_bf16 : &kernels->linear;
+        op.linear = &kernels->linear;
+        for (int i = 0; compute_dtype == BNBQ_BF16 && i < BNBQ_BF16_FORMS; i++)
+            if (kernels->bf16[i].min_m > 0 && kernels->bf16[i].min_m <= m &&
+                !bnbq_batch_invariant())
+                op.linear = &kernels->bf16[i].linear;
     }
     int64_t step = bnbq_pass_rows(m, w->k, BNBQ_PASS_ELEMENTS);
     for (op.m0 = 0; op.m0 < m; op.m0 += step) {

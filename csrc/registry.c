@@ -22,9 +22,7 @@ static const bnbq_edge_kernels *const edge_rows[] = {
 static const bnbq_q4_kernels *const q4_rows[] = {
     &bnbq_q4_scalar,
 #ifdef __x86_64__
-    &bnbq_q4_avx2,
-    &bnbq_q4_avx512,
-    &bnbq_q4_amx,
+    &bnbq_q4_avx2,   &bnbq_q4_avx512, &bnbq_q4_avx512bf16, &bnbq_q4_amx,
 #elif defined(__aarch64__)
     &bnbq_q4_neon,
 #endif
@@ -42,8 +40,12 @@ static const bnbq_s8_kernels *const s8_rows[] = {
 };
 
 static const char *const isa_names[BNBQ_ISAS] = {
-    [BNBQ_ISA_SCALAR] = "scalar", [BNBQ_ISA_NEON] = "neon", [BNBQ_ISA_AVX2] = "avx2",
-    [BNBQ_ISA_AVX512] = "avx512", [BNBQ_ISA_AMX] = "amx",
+    [BNBQ_ISA_SCALAR] = "scalar",
+    [BNBQ_ISA_NEON] = "neon",
+    [BNBQ_ISA_AVX2] = "avx2",
+    [BNBQ_ISA_AVX512] = "avx512",
+    [BNBQ_ISA_AVX512BF16] = "avx512bf16",
+    [BNBQ_ISA_AMX] = "amx",
 };
 
 static _Atomic int isa_cap = BNBQ_ISAS - 1;
@@ -87,8 +89,12 @@ FAMILY(s8)
 bool bnbq_row(const char *family, int i, bnbq_row_info *info) {
     if (strcmp(family, "edge") == 0)
         return edge_row(i, info);
-    if (strcmp(family, "q4") == 0)
-        return q4_row(i, info);
+    if (strcmp(family, "q4") == 0) {
+        if (!q4_row(i, info))
+            return false;
+        info->bf16_min_m = q4_rows[i]->bf16[0].min_m;
+        return true;
+    }
     return strcmp(family, "s8") == 0 && s8_row(i, info);
 }
 

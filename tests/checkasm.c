@@ -153,9 +153,7 @@ static void fill_weights(float *w, int64_t count, int64_t blocksize, int kind,
                          const bnbq_format *format) {
     for (int64_t i = 0; i < count; i++) {
         switch (kind) {
-        case 0:
-            w[i] = normal();
-            break;
+        case 0: w[i] = normal(); break;
         case 1: /* blocks of very different scales, denormal to huge */
             w[i] = ldexpf(uniform(), (int)(i / blocksize * 53 % 276) - 149);
             break;
@@ -166,9 +164,7 @@ static void fill_weights(float *w, int64_t count, int64_t blocksize, int kind,
                 w[i] = 1.0f;
             break;
         }
-        case 3:
-            w[i] = i % 2 ? -0.0f : 0.0f;
-            break;
+        case 3: w[i] = i % 2 ? -0.0f : 0.0f; break;
         case 4: /* one extreme of either sign in zeros */
             w[i] = i % blocksize == blocksize / 3 ? (i / blocksize % 2 ? 3e38f : -7.5f) : 0.0f;
             break;
@@ -313,6 +309,13 @@ static void check_q4_linear(const char *name, const bnbq_q4_linear *l, bool bf16
     check_canaries();
 }
 
+static void check_bf16_forms(int64_t m, int64_t rows, int64_t k, int64_t blocksize, int kind) {
+    static const char *const names[BNBQ_BF16_FORMS] = {"bf16[0]", "bf16[1]"};
+    for (int i = 0; i < BNBQ_BF16_FORMS; i++)
+        if (q4->bf16[i].min_m > 0)
+            check_q4_linear(names[i], &q4->bf16[i].linear, true, m, rows, k, blocksize, kind);
+}
+
 /* gx[m, cols] = gy[m, n] . dense[n, cols], and nothing written between the rows of gx. */
 static void check_gradient(const float *gx, int64_t ldgx, int64_t m, int64_t cols, const float *gy,
                            int64_t ldg, int64_t n, const float *dense, int64_t ld) {
@@ -370,7 +373,6 @@ static void check_q4_products(int64_t random_cases) {
     static const int64_t ms[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96};
     static const int64_t rows[] = {1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64};
     static const int64_t ks[] = {32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 416, 512, 768};
-    const bool rounds = q4->linear_bf16.run != q4->linear.run;
     for (int64_t t = 0; t < random_cases; t++) {
         const int64_t m = t < 18 ? ms[t] : ms[random_below(18)];
         const int64_t n = t < 16 ? rows[15 - t] : rows[random_below(16)];
@@ -380,15 +382,15 @@ static void check_q4_products(int64_t random_cases) {
             bs *= 2;
         for (int kind = 0; kind < X_KINDS; kind++) {
             check_q4_linear("linear", &q4->linear, false, m, n, k, bs, kind);
-            check_q4_linear("linear_bf16", &q4->linear_bf16, rounds, m, n, k, bs, kind);
+            check_bf16_forms(m, n, k, bs, kind);
         }
         const int64_t k0 = 32 * random_below(k / 32), most = k - k0 < 256 ? k - k0 : 256;
         check_q4_backward(m, 1 + random_below(150), k, bs, k0,
                           t % 2 ? most : 2 + 2 * random_below(most / 2));
     }
     check_q4_linear("linear", &q4->linear, false, 3, 64, 4096, 4096, X_ONE_HOT);
-    check_q4_linear("linear_bf16", &q4->linear_bf16, rounds, 48, 64, 4096, 64, X_NORMAL);
-    check_q4_linear("linear_bf16", &q4->linear_bf16, rounds, BNBQ_TILE_M, 40, 160, 32, X_NORMAL);
+    check_bf16_forms(48, 64, 4096, 64, X_NORMAL);
+    check_bf16_forms(BNBQ_TILE_M, 40, 160, 32, X_NORMAL);
     check_q4_linear("linear", &q4->linear, false, BNBQ_TILE_M, 40, 160, 32, X_NORMAL);
     check_q4_backward(BNBQ_TILE_M, 33, 512, 64, 256, 256);
 }
@@ -524,10 +526,12 @@ int main(int argc, char **argv) {
     signal(SIGSEGV, crashed);
     signal(SIGBUS, crashed);
     CASE("tables");
-    if (!q4->quantize || !q4->dequantize || !q4->linear.run || !q4->linear_bf16.run ||
-        !q4->backward || q4->bf16_min_m < 1 || !s8->quantize || !s8->dequantize || !s8->run ||
-        !s8->backward)
+    if (!q4->quantize || !q4->dequantize || !q4->linear.run || !q4->backward || !s8->quantize ||
+        !s8->dequantize || !s8->run || !s8->backward)
         fail("an empty slot");
+    for (int i = 0; i + 1 < BNBQ_BF16_FORMS; i++)
+        if (q4->bf16[i + 1].min_m > 0 && q4->bf16[i + 1].min_m <= q4->bf16[i].min_m)
+            fail("bf16 forms out of order");
     create_arenas();
     check_q4_codes();
     check_q4_products(random_cases);

@@ -108,6 +108,14 @@ def test_avx512(folder):
     assert "q4 avx512" in run([build(folder, "avx512", BORROWED, "q4_avx512", "s8_avx512vnni")])
 
 
+def test_avx512bf16(folder):
+    skip_unless_found(CC)
+    skip_unless_compiler_knows(CC, BF16)
+    skip_unless_cpu_has("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
+    program = build(folder, "avx512bf16", {**BORROWED, "q4_avx512bf16": BF16}, "q4_avx512bf16", "s8_avx512vnni")
+    assert "q4 avx512bf16" in run([program])
+
+
 def skip_unless_amx_can_be_emulated():
     skip_unless_found(CC)
     skip_unless_compiler_knows(CC, BF16)

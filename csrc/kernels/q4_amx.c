@@ -18,8 +18,8 @@
  * 0.75 ms for weights in cache on a Zen 4 (with integer divisions per unit 1.8) and 2.0 ms from
  * DRAM (without the prefetch 5.3). With them this file has only run emulated.
  */
-#include "../kernels.h"
 #include "amx_tiles.h"
+#include "borrow_q4_avx512.h"
 
 #include <assert.h>
 
@@ -300,51 +300,15 @@ static void linear_q4_amx(const void *packed, int64_t m, const bnbq_q4_rows *w, 
     amx_release();
 }
 
-/* ------------------------------------------------------------------ borrowed from AVX-512 */
-
-static void quantize_q4_amx(const float *w, int64_t count, const bnbq_format *format,
-                            int64_t blocksize, uint8_t *qweight, float *absmax) {
-    bnbq_q4_avx512.quantize(w, count, format, blocksize, qweight, absmax);
-}
-
-static void dequantize_q4_amx(const uint8_t *qweight, const float *absmax, const float *codebook,
-                              int64_t count, int64_t blocksize, float *w) {
-    bnbq_q4_avx512.dequantize(qweight, absmax, codebook, count, blocksize, w);
-}
-
-static size_t packed_bytes_f32(int64_t m, int64_t k) {
-    return bnbq_q4_avx512.linear.packed_bytes(m, k);
-}
-
-static void pack_f32(const float *x, int64_t i, int64_t m, int64_t k, void *packed) {
-    bnbq_q4_avx512.linear.pack(x, i, m, k, packed);
-}
-
-static size_t scratch_bytes_f32(int64_t m, int64_t k) {
-    return bnbq_q4_avx512.linear.scratch_bytes(m, k);
-}
-
-static void linear_f32(const void *packed, int64_t m, const bnbq_q4_rows *w, int64_t rows, float *y,
-                       int64_t ldy, void *scratch) {
-    bnbq_q4_avx512.linear.run(packed, m, w, rows, y, ldy, scratch);
-}
-
-static void backward_q4_amx(const float *gy, int64_t ldg, int64_t m, const bnbq_q4_rows *w,
-                            int64_t n, int64_t k0, int64_t cols, float *gx, int64_t ldgx,
-                            void *scratch) {
-    bnbq_q4_avx512.backward(gy, ldg, m, w, n, k0, cols, gx, ldgx, scratch);
-}
-
 const bnbq_q4_kernels bnbq_q4_amx = {
     .isa = "amx",
     .level = BNBQ_ISA_AMX,
     .needs = BNBQ_CPU_OF_THIS_FILE,
-    .quantize = quantize_q4_amx,
-    .dequantize = dequantize_q4_amx,
-    .linear = {packed_bytes_f32, pack_f32, scratch_bytes_f32, linear_f32},
-    .linear_bf16 = {packed_bytes_q4_amx, pack_q4_amx, scratch_bytes_q4_amx, linear_q4_amx},
-    /* From the table of bare loops above (below 16 rows fp32 vectors are as fast and exact); to
-     * be measured again with these kernels on a processor that has AMX. */
-    .bf16_min_m = 16,
-    .backward = backward_q4_amx,
+    .quantize = borrowed_quantize_q4,
+    .dequantize = borrowed_dequantize_q4,
+    .linear = BORROWED_LINEAR_Q4,
+    /* 16: from the table of bare loops above (below it fp32 vectors are as fast and exact); to be
+     * measured again with these kernels on a processor that has AMX. */
+    .bf16 = {{16, {packed_bytes_q4_amx, pack_q4_amx, scratch_bytes_q4_amx, linear_q4_amx}}},
+    .backward = borrowed_backward_q4,
 };

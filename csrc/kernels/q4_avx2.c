@@ -483,7 +483,5 @@ const bnbq_q4_kernels bnbq_q4_avx2 = {
     .quantize = quantize_q4_avx2,
     .dequantize = dequantize_q4_avx2,
     .linear = {packed_bytes_q4_avx2, pack_q4_avx2, scratch_bytes_q4_avx2, linear_q4_avx2},
-    .linear_bf16 = {packed_bytes_q4_avx2, pack_q4_avx2, scratch_bytes_q4_avx2, linear_q4_avx2},
-    .bf16_min_m = 1,
     .backward = backward_q4_avx2,
 };

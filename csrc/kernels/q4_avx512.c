@@ -441,8 +441,5 @@ const bnbq_q4_kernels bnbq_q4_avx512 = {
     .quantize = quantize_q4_avx512,
     .dequantize = dequantize_q4_avx512,
     .linear = {packed_bytes_q4_avx512, pack_q4_avx512, scratch_bytes_q4_avx512, linear_q4_avx512},
-    .linear_bf16 = {packed_bytes_q4_avx512, pack_q4_avx512, scratch_bytes_q4_avx512,
-                    linear_q4_avx512},
-    .bf16_min_m = 1,
     .backward = backward_q4_avx512,
 };

@@ -279,7 +279,5 @@ const bnbq_q4_kernels bnbq_q4_neon = {
     .quantize = quantize_q4_neon,
     .dequantize = dequantize_q4_neon,
     .linear = {packed_bytes_q4_neon, pack_q4_neon, scratch_bytes_q4_neon, linear_q4_neon},
-    .linear_bf16 = {packed_bytes_q4_neon, pack_q4_neon, scratch_bytes_q4_neon, linear_q4_neon},
-    .bf16_min_m = 1,
     .backward = backward_q4_neon,
 };

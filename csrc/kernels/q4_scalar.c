@@ -129,8 +129,5 @@ const bnbq_q4_kernels bnbq_q4_scalar = {
     .quantize = quantize_q4_scalar,
     .dequantize = dequantize_q4_scalar,
     .linear = {packed_bytes_q4_scalar, pack_q4_scalar, scratch_bytes_q4_scalar, linear_q4_scalar},
-    .linear_bf16 = {packed_bytes_q4_scalar, pack_q4_scalar, scratch_bytes_q4_scalar,
-                    linear_q4_scalar},
-    .bf16_min_m = 1,
     .backward = backward_q4_scalar,
 };

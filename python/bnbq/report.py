@@ -374,7 +374,7 @@ def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
             "the rows to fp32 first (correct, not fast)"
         )
     elif four and dtype == "bfloat16":
-        reasons.append(bfloat16_reason(row.get("bf16_min_m"), m))
+        reasons.append(bfloat16_reason(row["bf16_min_m"], m))
     if not four:
         reasons.append(
             f"activations of at least {layer.threshold:g} are multiplied in float"
@@ -384,12 +384,12 @@ def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
     return Explanation(layer.describe(), kernel, dtype, reasons)
 
 
-def bfloat16_reason(least: int | None, m: int | None) -> str:
+def bfloat16_reason(least: int, m: int | None) -> str:
     """Where the kernel that rounds weights to bf16 takes over from the fp32 one."""
     if _bnbq.batch_invariant():
         return "batch invariant: the fp32 kernel for every m"
-    if least is None:
-        return "bf16 inputs: many rows may take the bf16 kernel, few the fp32 one"
+    if least == 0:
+        return "bf16 inputs: the fp32 kernel for every m, this instruction set has no bf16 one"
     if m is None:
         return f"the bf16 kernel from m = {least} rows on, the fp32 one below"
     return f"m = {m}: the {'bf16' if m >= least else 'fp32'} kernel (bf16 from m = {least} on)"
