@@ -94,8 +94,9 @@ typedef struct bnbq_q4_kernels {
                        int64_t count, int64_t blocksize, float *w);
     /* Weights and activations as they are in fp32: serves every compute dtype. */
     bnbq_q4_linear linear;
-    /* For x of bf16 values, with each weight rounded to bf16 once. In ascending min_m: the front
-     * takes the last whose min_m is not above m, and `linear` where there is none. */
+    /* For x of bf16 values, with either the codebook or each weight rounded to bf16 once. In
+     * ascending min_m: the front takes the last whose min_m is not above m, and `linear` where
+     * there is none. */
     bnbq_q4_form bf16[BNBQ_BF16_FORMS];
     /* gx[m, cols] = gy[m, n] . W[n, k0 .. k0+cols), sums in fp32 over n in ascending order.
      * w describes all n rows; k0 % 32 == 0, 1 <= cols <= BNBQ_TILE_K, cols even,
@@ -162,7 +163,7 @@ typedef struct bnbq_row_info {
     bnbq_isa level;
     uint32_t needs, missing; /* feature bits; missing == 0: this processor can run it */
     bool in_use;
-    int64_t bf16_min_m; /* q4: rows of x from which on weights are rounded to bf16; 0: never */
+    int64_t bf16_min_m; /* q4: the least of its bf16 forms; 0: it has none */
 } bnbq_row_info;
 bool bnbq_row(const char *family, int i, bnbq_row_info *info);
 

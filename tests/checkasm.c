@@ -265,8 +265,13 @@ static void check_q4_linear(const char *name, const bnbq_q4_linear *l, bool bf16
     bnbq_q4_rows w;
     random_rows(&w, rows, k, blocksize);
     float *dense = FLOATS(WANT, rows * k), *x = FLOATS(IN, m * k);
-    q4_scalar->dequantize(w.qweight, w.absmax, w.codebook, rows * k, blocksize, dense);
-    for (int64_t i = 0; bf16 && i < rows * k; i++)
+    /* Either the codebook or the weights are rounded to bf16. */
+    const bool tiles = q4->level == BNBQ_ISA_AMX;
+    float codebook[16];
+    for (int i = 0; i < 16; i++)
+        codebook[i] = bf16 && !tiles ? to_bf16(w.codebook[i]) : w.codebook[i];
+    q4_scalar->dequantize(w.qweight, w.absmax, codebook, rows * k, blocksize, dense);
+    for (int64_t i = 0; bf16 && tiles && i < rows * k; i++)
         dense[i] = to_bf16(dense[i]);
     for (int64_t i = 0; i < m * k; i++) {
         x[i] = kind == X_WIDE ? ldexpf(normal(), (int)random_below(80) - 40) : normal();
@@ -313,7 +318,8 @@ static void check_bf16_forms(int64_t m, int64_t rows, int64_t k, int64_t blocksi
     static const char *const names[BNBQ_BF16_FORMS] = {"bf16[0]", "bf16[1]"};
     for (int i = 0; i < BNBQ_BF16_FORMS; i++)
         if (q4->bf16[i].min_m > 0)
-            check_q4_linear(names[i], &q4->bf16[i].linear, true, m, rows, k, blocksize, kind);
+            check_q4_linear(names[i], &q4->bf16[i].linear, q4->bf16[i].linear.run != q4->linear.run,
+                            m, rows, k, blocksize, kind);
 }
 
 /* gx[m, cols] = gy[m, n] . dense[n, cols], and nothing written between the rows of gx. */

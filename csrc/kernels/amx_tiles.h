@@ -22,6 +22,7 @@
 #define BNBQ_AMX_TILES_H
 
 #include "../cpu.h"
+#include "transpose_avx512.h"
 
 #include <immintrin.h>
 #include <stdint.h>
@@ -253,29 +254,10 @@ static inline void amx_configure_block(int64_t rows0, int64_t rows1, int64_t wid
 /* y[c * ldy + r] = tile[r][c] for r < rows, c < cols; 32-bit elements, 64 bytes per row of tile. */
 static inline void amx_store_transposed(const void *tile, int64_t rows, int64_t cols, void *y,
                                         int64_t ldy) {
-    __m512i t[16], u[16];
+    __m512i t[16];
     for (int r = 0; r < 16; r++)
         t[r] = _mm512_maskz_loadu_epi32(r < rows ? 0xffff : 0, (const uint8_t *)tile + 64 * r);
-    for (int r = 0; r < 16; r += 2) {
-        u[r] = _mm512_unpacklo_epi32(t[r], t[r + 1]);
-        u[r + 1] = _mm512_unpackhi_epi32(t[r], t[r + 1]);
-    }
-    for (int r = 0; r < 16; r += 4) /* t[r + i]: column i of every group of four, rows r..r+3 */
-        for (int i = 0; i < 2; i++) {
-            t[r + 2 * i] = _mm512_unpacklo_epi64(u[r + i], u[r + 2 + i]);
-            t[r + 2 * i + 1] = _mm512_unpackhi_epi64(u[r + i], u[r + 2 + i]);
-        }
-    for (int i = 0; i < 4; i++) /* 4 x 4 transpose of 128-bit groups */
-        for (int half = 0; half < 2; half++) {
-            u[4 * i + half] = _mm512_shuffle_i32x4(t[8 * half + i], t[8 * half + 4 + i], 0x88);
-            u[4 * i + 2 + half] = _mm512_shuffle_i32x4(t[8 * half + i], t[8 * half + 4 + i], 0xdd);
-        }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(u[4 * i], u[4 * i + 1], 0x88);
-        t[8 + i] = _mm512_shuffle_i32x4(u[4 * i], u[4 * i + 1], 0xdd);
-        t[4 + i] = _mm512_shuffle_i32x4(u[4 * i + 2], u[4 * i + 3], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(u[4 * i + 2], u[4 * i + 3], 0xdd);
-    }
+    transpose16(t);
     __mmask16 mask = (__mmask16)((1u << rows) - 1);
     for (int64_t c = 0; c < cols; c++)
         _mm512_mask_storeu_epi32((int32_t *)y + c * ldy, mask, t[c]);

@@ -451,6 +451,8 @@ static void linear_q4_avx2(const void *packed, int64_t m, const bnbq_q4_rows *w,
     run_blocked(product, y, scratch);
 }
 
+#include "q4_few_avx2.h" /* uses what stands above */
+
 /* ---------------------------------------------------------------- backward */
 
 static void backward_q4_avx2(const float *gy, int64_t ldg, int64_t m, const bnbq_q4_rows *w,
@@ -483,5 +485,7 @@ const bnbq_q4_kernels bnbq_q4_avx2 = {
     .quantize = quantize_q4_avx2,
     .dequantize = dequantize_q4_avx2,
     .linear = {packed_bytes_q4_avx2, pack_q4_avx2, scratch_bytes_q4_avx2, linear_q4_avx2},
+    .bf16 = {{1, {packed_bytes_few, pack_few, scratch_bytes_few, linear_few}},
+             {5, {packed_bytes_q4_avx2, pack_q4_avx2, scratch_bytes_q4_avx2, linear_q4_avx2}}},
     .backward = backward_q4_avx2,
 };
