@@ -185,6 +185,37 @@ def test_results_are_like_x():
     assert (type(y), y.dtype, y.flags.owndata) == (np.ndarray, np.float16, True)
 
 
+@pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, K), (0, K), (3, 0, K)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_results_are_ordinary_tensors(shape, dtype):
+    """Their memory is ours: aligned as torch's own, alive as long as any view of it, of the right size."""
+    x = torch.ones(shape, dtype=dtype)
+    y = linear4bit(x, N)
+    want = torch.from_numpy(linear4bit(x.float().numpy(), N)).to(dtype)
+    assert y.shape == want.shape and y.is_contiguous() and y.data_ptr() % 64 == 0
+    assert y.untyped_storage().nbytes() == want.numel() * dtype.itemsize
+    view = y[..., 3:]
+    del x, y
+    others = [linear4bit(torch.full(shape, 9, dtype=dtype), N) for _ in range(50)]
+    assert torch.equal(view, want[..., 3:]) and len(others) == 50
+
+
+def test_results_are_freed():
+    code = """
+import resource, torch
+from bnbq import ops
+packed = ops.quantize_4bit(torch.randn(64, 64))
+x = torch.randn(16384, 64)
+for turn in range(201):
+    ops.linear4bit(x, *packed[:2], 64).T  # 4 MiB, and a view of it
+    if turn == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10)  # KiB; sanitizers keep 256 MiB
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr
+
+
 def test_kinds_may_be_mixed():
     out = torch.zeros(6, N)
     linear4bit(X, out, torch.from_numpy(QWEIGHT), Producer(ABSMAX))

@@ -241,6 +241,41 @@ def test_forward_writes_nothing_and_reads_no_weight(layer, monkeypatch):
     assert objects == {name: id(parameter) for name, parameter in layer.named_parameters()}
 
 
+CHANGES = {
+    "written in place": lambda layer, new: [old.copy_(new[name]) for name, old in layer._parameters.items()],
+    "data assigned": lambda layer, new: [setattr(old, "data", new[name]) for name, old in layer._parameters.items()],
+    "other memory": lambda layer, new: [old.set_(new[name]) for name, old in layer._parameters.items()],
+    "new Parameters": lambda layer, new: [
+        setattr(layer, name, torch_nn.Parameter(tensor, requires_grad=False)) for name, tensor in new.items()
+    ],
+    "swapped": lambda layer, new: [
+        torch.utils.swap_tensors(old, torch_nn.Parameter(new[name], requires_grad=old.requires_grad))
+        for name, old in layer._parameters.items()
+    ],
+    "loaded": lambda layer, new: layer.load_state_dict(new),
+    "loaded and assigned": lambda layer, new: layer.load_state_dict(new, assign=True),
+    "called with other parameters": None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_next_call_sees_every_change(layer, change):
+    """Nothing about a layer's tensors is kept from one call to the next."""
+    x = torch.randn(1, layer.in_features)
+    other = type(layer)(layer.in_features, N, **layer._extra_settings())
+    with torch.no_grad():
+        before, want = layer(x), other(x)
+        assert not torch.equal(before, want)
+        if change == "called with other parameters":
+            assert torch.equal(torch.func.functional_call(layer, tensors(other), (x,)), want)
+            assert torch.equal(layer(x), before)
+        else:
+            CHANGES[change](layer, tensors(other))
+            assert torch.equal(layer(x), want)
+            layer.bias = None
+            assert torch.equal(layer(x) + other.bias, want)
+
+
 def test_gradients(layer, isa):
     x = torch.randn(3, layer.in_features, requires_grad=True)
     gy = torch.randn(3, N)

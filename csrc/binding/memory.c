@@ -6,6 +6,7 @@
  */
 #include "memory.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
@@ -278,18 +279,60 @@ bool bnbq_find_memory(bnbq_call *call, bnbq_arg *view, PyObject *object, unsigne
 
 /* ------------------------------------------------------------------ new tensors */
 
-static void allocation_failed(void *context, const char *kind, const char *message) {
-    const bnbq_call *call = context;
-    PyGILState_STATE gil = PyGILState_Ensure();
-    bnbq_fail(call, strcmp(kind, "MemoryError") == 0 ? PyExc_MemoryError : PyExc_RuntimeError,
-              "out cannot be allocated: %s", message);
-    PyGILState_Release(gil);
+/* Any thread may end up here, with or without the GIL. */
+static void free_result(DLManagedTensorVersioned *managed) {
+    free(managed);
 }
 
-PyObject *bnbq_allocate(bnbq_call *call, PyObject *object, const bnbq_arg *like, int64_t width) {
+/* A row-major tensor on the CPU, in one block of memory with what describes it. The exchange API
+ * has an allocator too, but then a small layer takes 0.4 us longer; so does aligned_alloc against
+ * malloc, by 0.1 us: glibc keeps no free blocks at hand for it. */
+static DLManagedTensorVersioned *new_result(DLDataType dtype, const int64_t *shape, int ndim,
+                                            size_t bytes) {
+    enum { ALIGNMENT = 64 };
+    size_t head = sizeof(DLManagedTensorVersioned) + sizeof *shape * (size_t)ndim + ALIGNMENT;
+    DLManagedTensorVersioned *managed = malloc(head + bytes);
+    if (managed == NULL)
+        return NULL;
+    char *end_of_head = (char *)managed + head;
+    *managed = (DLManagedTensorVersioned){
+        .version = {DLPACK_MAJOR, DLPACK_MINOR},
+        .deleter = free_result,
+        .dl_tensor = {.data = end_of_head - (uintptr_t)end_of_head % ALIGNMENT,
+                      .device = {DL_CPU, 0},
+                      .ndim = ndim,
+                      .dtype = dtype,
+                      .shape = (int64_t *)(managed + 1)},
+    };
+    memcpy(managed->dl_tensor.shape, shape, sizeof *shape * (size_t)ndim);
+    return managed;
+}
+
+static PyObject *new_torch(bnbq_call *call, bnbq_arg *out, const int64_t *shape,
+                           const bnbq_arg *like) {
+    const DLTensor *dl = &like->dl;
+    int64_t bytes = dl->dtype.bits / 8;
+    bool fits = true;
+    for (int i = 0; fits && i < dl->ndim; i++)
+        fits = !__builtin_mul_overflow(bytes, shape[i], &bytes);
+    DLManagedTensorVersioned *managed = fits && bytes < PTRDIFF_MAX / 2
+                                            ? new_result(dl->dtype, shape, dl->ndim, (size_t)bytes)
+                                            : NULL;
+    if (managed == NULL) {
+        bnbq_fail(call, PyExc_MemoryError, "out cannot be allocated");
+        return NULL;
+    }
+    void *tensor;
+    out->dl = managed->dl_tensor;
+    return call->state->torch->import_managed(managed, &tensor) == 0 ? tensor : NULL;
+}
+
+PyObject *bnbq_allocate(bnbq_call *call, bnbq_arg *out, PyObject *object, const bnbq_arg *like,
+                        int64_t width) {
     const bnbq_state *state = call->state;
     int64_t shape[BNBQ_ARG_DIMS];
     int ndim = like->dl.ndim;
+    PyObject *result = NULL;
 
     if (ndim < 1 || ndim > BNBQ_ARG_DIMS) {
         bnbq_fail(call, PyExc_ValueError, "%s has %d dimensions, wanted 1 to %d", like->name, ndim,
@@ -301,27 +344,19 @@ PyObject *bnbq_allocate(bnbq_call *call, PyObject *object, const bnbq_arg *like,
     if (PyArray_Check(object)) {
         PyArray_Descr *descr = PyArray_DESCR((PyArrayObject *)object);
         Py_INCREF(descr); /* PyArray_Empty takes it */
-        return PyArray_Empty(ndim, (npy_intp *)shape, descr, 0);
-    }
-    if (state->tensor != NULL && state->torch == NULL &&
-        PyType_IsSubtype(Py_TYPE(object), state->tensor)) {
-        PyObject *sizes = bnbq_tuple(shape, ndim);
-        PyObject *tensor =
-            sizes == NULL ? NULL : PyObject_CallMethod(object, "new_empty", "(O)", sizes);
-        Py_XDECREF(sizes);
-        return tensor;
-    }
-    if (state->torch == NULL || !PyType_IsSubtype(Py_TYPE(object), state->tensor)) {
+        result = PyArray_Empty(ndim, (npy_intp *)shape, descr, 0);
+    } else if (state->tensor == NULL || !PyType_IsSubtype(Py_TYPE(object), state->tensor)) {
         bnbq_fail(call, PyExc_TypeError, "out is an int; wanted a tensor for this kind of %s",
                   like->name);
-        return NULL;
+    } else if (state->torch != NULL) {
+        return new_torch(call, out, shape, like);
+    } else {
+        PyObject *sizes = bnbq_tuple(shape, ndim);
+        if (sizes != NULL)
+            result = PyObject_CallMethod(object, "new_empty", "(O)", sizes);
+        Py_XDECREF(sizes);
     }
-    DLTensor wanted = {
-        .device = like->dl.device, .ndim = ndim, .dtype = like->dl.dtype, .shape = shape};
-    DLManagedTensorVersioned *managed;
-    void *tensor;
-    if (state->torch->allocate(&wanted, &managed, call, allocation_failed) != 0 ||
-        state->torch->import_managed(managed, &tensor) != 0)
-        return NULL;
-    return tensor;
+    if (result != NULL && !bnbq_find_memory(call, out, result, BNBQ_IS_FLOAT))
+        Py_CLEAR(result);
+    return result;
 }

@@ -8,6 +8,11 @@
  * the message about a dtype that DLPack cannot say. */
 bool bnbq_find_memory(bnbq_call *call, bnbq_arg *arg, PyObject *object, unsigned kinds);
 
+/* New reference: an uninitialised tensor of the kind, dtype and device of `object`, which `like`
+ * views, and of its shape but for the last dimension. Fills in out->dl and perhaps out->managed. */
+PyObject *bnbq_allocate(bnbq_call *call, bnbq_arg *out, PyObject *object, const bnbq_arg *like,
+                        int64_t width);
+
 bool bnbq_check_device(const bnbq_call *call, const char *name, DLDevice device);
 bool bnbq_wrong_dtype(const bnbq_call *call, const bnbq_arg *arg, PyObject *got, unsigned kinds);
 PyObject *bnbq_tuple(const int64_t *sizes, int count);

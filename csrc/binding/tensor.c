@@ -234,6 +234,19 @@ bnbq_arg *bnbq_packed_output(bnbq_call *call, PyObject *object, const char *name
     return take(call, object, name, kinds, true, true);
 }
 
+bnbq_arg *bnbq_new_output(bnbq_call *call, PyObject *object, const bnbq_arg *like, int64_t width,
+                          PyObject **result) {
+    bnbq_arg *view = &call->args[call->count];
+    view->name = "out";
+    view->dtype = like->dtype;
+    view->output = false; /* nobody else knows its memory: there is nothing to check */
+    view->managed = NULL;
+    *result = bnbq_allocate(call, view, object, like, width);
+    bool ok = *result != NULL && measure(call, view);
+    call->count++;
+    return ok ? view : NULL;
+}
+
 /* First byte and the one after the last. */
 static void extent(const bnbq_arg *view, uintptr_t *low, uintptr_t *high) {
     int64_t size = dtype_size[view->dtype], below = 0, above = 0;

@@ -59,14 +59,14 @@ bnbq_arg *bnbq_output(bnbq_call *call, PyObject *object, const char *name, unsig
 /* The same, and the elements lie in row-major order without gaps. */
 bnbq_arg *bnbq_packed_input(bnbq_call *call, PyObject *object, const char *name, unsigned kinds);
 bnbq_arg *bnbq_packed_output(bnbq_call *call, PyObject *object, const char *name, unsigned kinds);
+/* A new output "out", uninitialised, of the kind, dtype and device of `object`, which `like` views,
+ * and of its shape but for the last dimension. *result: a new reference to it. */
+bnbq_arg *bnbq_new_output(bnbq_call *call, PyObject *object, const bnbq_arg *like, int64_t width,
+                          PyObject **result);
 
 /* After the last argument: all on the CPU, no output shares memory with anything else. */
 bool bnbq_finish(bnbq_call *call);
 void bnbq_release(bnbq_call *call);
-
-/* New reference: an uninitialised tensor of the kind, dtype and device of `object`, which `like`
- * views, and of its shape but for the last dimension. */
-PyObject *bnbq_allocate(bnbq_call *call, PyObject *object, const bnbq_arg *like, int64_t width);
 
 /* The view for the core: the last dimension as it is, the others merged where strides allow. */
 bool bnbq_rows(bnbq_call *call, const bnbq_arg *view, bnbq_tensor *out);

@@ -64,22 +64,26 @@ class Packed4(NamedTuple):
     absmax_offset: Any = None
 
 
-_ops_torch = None
+_ops_torch, _Tensor = None, ()  # bnbq.ops_torch and torch.Tensor, set in this order once torch is there
 
 
 def _torch_ops(x):
     """`bnbq.ops_torch` if x is a torch tensor, else None. torch is never imported for the question."""
-    global _ops_torch
-    if type(x) is np.ndarray:
-        return None
-    if _ops_torch is None:
-        torch = sys.modules.get("torch")
-        if torch is None or not isinstance(x, getattr(torch, "Tensor", ())):
-            return None
-        from . import ops_torch
+    if isinstance(x, _Tensor):
+        return _ops_torch
+    return None if _Tensor or type(x) is np.ndarray else _find_torch(x)
 
-        _ops_torch = ops_torch
-    return _ops_torch if isinstance(x, _ops_torch.Tensor) else None
+
+def _find_torch(x):
+    global _ops_torch, _Tensor
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, getattr(torch, "Tensor", ())):
+        return None
+    from . import ops_torch
+
+    _ops_torch = ops_torch
+    _Tensor = ops_torch.Tensor
+    return ops_torch
 
 
 def _array(x, function: str, name: str) -> np.ndarray:
@@ -251,3 +255,5 @@ def linear8bitlt_backward(gy, qweight, absmax, *, blocksize: int = 0):
 
 if sys.modules.get("torch") is not None:  # so that nothing is left to import when torch.compile traces a first call
     from . import ops_torch as _ops_torch
+
+    _Tensor = _ops_torch.Tensor

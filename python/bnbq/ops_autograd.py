@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
@@ -29,7 +29,7 @@ def is_watched(tensor: Tensor) -> bool:
 def is_differentiated(x: Tensor, bias: Tensor | None = None) -> bool:
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def compute(name: str, *arguments):
