@@ -1,13 +1,16 @@
 """Write the README's tables from the results files.
 
     python -m benchmarks.tables
+
+Each part is rendered from the newest complete run that has it.
 """
 
 import json
-from pathlib import Path
+import statistics
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from .common import FLOATS, RESULTS, ROOT, Run, newest, peers
+
+NARROW = 1.1  # less than this is no loss: the medians of two rounds differ by as much
 
 
 def markdown(header: list, rows: list) -> str:
@@ -15,10 +18,38 @@ def markdown(header: list, rows: list) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
-def spread(row: dict, name: str, digits: int) -> str:
-    """Median and range of a speed."""
-    low, high = row[f"{name}_spread"]
-    return f"{row[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+def number(value: float) -> str:
+    """Three digits, as far as there are so many."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.{1 if value >= 9.995 else 2}f}"
+
+
+def ratio(value: float) -> str:
+    """How many times faster; a loss is bold."""
+    return f"{value:.1f}" if value >= 1 else f"**{value:.2f}**"
+
+
+def by_threads(cells: dict[int, str]) -> str:
+    """ "1.20 / 0.65": one thread / two."""
+    return " / ".join(cells[count] for count in sorted(cells))
+
+
+def plural(count, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (str(count) != "1")
+
+
+def threads_of(rows: list[dict]) -> str:
+    """ "1 / 2 threads": what the figures of a cell are."""
+    return plural(" / ".join(map(str, sorted({row["threads"] for row in rows}))), "thread")
+
+
+def machine(about: dict) -> str:
+    kernels = f"{', '.join(about['features'])}; {plural(about['cores'], 'core')}, {about['isa']} kernels"
+    versions = f"torch {about['torch']}, bitsandbytes {about['bitsandbytes']}, bnbq at commit {about['commit']}"
+    return f"{about['cpu']} ({kernels}), {versions}"
+
+
+def unique(values) -> list:
+    return list(dict.fromkeys(values))
 
 
 def demo() -> str:
@@ -27,40 +58,224 @@ def demo() -> str:
     if not path.exists():
         return "No results yet: `bnbq demo --json benchmarks/results/demo.json`."
     result = json.loads(path.read_text())
+
+    def speed(row, name, digits):
+        low, high = row[f"{name}_spread"]
+        return f"{row[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
     table = markdown(
         ["weights", "MB", "perplexity", "prompt tokens/s (range)", "text tokens/s (range)"],
-        [(row["name"], f"{row['bytes'] / 1e6:.1f}", f"{row['perplexity']:.3f}", spread(row, "prefill", 0),
-          spread(row, "decode", 1)) for row in result["rows"]])
-    return (f"`bnbq demo` with {result['model']}: perplexity on {result['windows']} x {result['length']} tokens of "
-            f"{result['text']}, speeds on {result['cpu']} with {result['threads']} threads and {result['isa']} "
-            f"kernels. The model's linear weights were Q4_1 (4 bits) before: the table compares implementations and is "
-            f"no figure for what nf4 costs.\n\n{table}")
+        [
+            (
+                row["name"],
+                f"{row['bytes'] / 1e6:.1f}",
+                f"{row['perplexity']:.3f}",
+                speed(row, "prefill", 0),
+                speed(row, "decode", 1),
+            )
+            for row in result["rows"]
+        ],
+    )
+    return (
+        f"`bnbq demo` with {result['model']}: perplexity on {result['windows']} x {result['length']} tokens of "
+        f"{result['text']}, speeds on {result['cpu']} with {result['threads']} threads and {result['isa']} "
+        f"kernels. The model's linear weights were Q4_1 (4 bits) before: the table compares implementations and is "
+        f"no figure for what nf4 costs.\n\n{table}"
+    )
+
+
+# ------------------------------------------------------------------ one layer
+
+
+def one_shape(run: Run) -> str:
+    """Milliseconds of a layer of the first shape that was measured, by m."""
+    n, k = run.rows[0]["n"], run.rows[0]["k"]
+    rows = [row for row in run.rows if (row["n"], row["k"]) == (n, k)]
+    batches, names = unique(row["m"] for row in rows), unique(row["contender"] for row in rows)
+    ms, limit = {}, {}
+    for row in rows:
+        ms.setdefault((row["contender"], row["m"]), {})[row["threads"]] = number(row["ms"])
+        limit.setdefault((row["contender"], row["m"]), {})[row["threads"]] = number(row["limit_ms"])
+    lines = [(name, *(by_threads(ms[name, m]) for m in batches)) for name in names]
+    lines += [
+        (f"limit of {name}", *(by_threads(limit[name, m]) for m in batches))
+        for name in names
+        if name.startswith("bnbq")
+    ]
+    spreads = sorted((row["ms_max"] - row["ms_min"]) / row["ms"] for row in run.rows)
+    return (
+        f"Milliseconds of a {n} x {k} layer, {rows[0]['dtype']} in and out (torch fp32 and dynamic int8: fp32), "
+        f"outliers: {rows[0]['outliers']}, {threads_of(rows)}, cold weights, median of {rows[0]['rounds']} rounds. "
+        f"The rounds of a figure range over {statistics.median(spreads):.0%} of it in the middle and "
+        f"{spreads[len(spreads) * 9 // 10]:.0%} in one of ten.\n\n"
+        + markdown(["ms", *(f"m = {m}" for m in batches)], lines)
+    )
+
+
+def every_shape(run: Run) -> str:
+    """How many times faster than bitsandbytes, and than torch's fastest float layer, on one thread."""
+    threads = min(row["threads"] for row in run.rows)
+    ms = {(row["contender"], row["n"], row["k"], row["m"]): row["ms"] for row in run.rows if row["threads"] == threads}
+    shapes = unique((row["n"], row["k"]) for row in run.rows)
+    batches = [
+        m for m in unique(row["m"] for row in run.rows) if all(("bnbq nf4", *shape, m) in ms for shape in shapes)
+    ]
+    lines = []
+    for n, k in shapes:
+        for width in ("nf4", "int8"):
+            cells = []
+            for m in batches:
+                ours = ms[f"bnbq {width}", n, k, m]
+                theirs = ms.get((f"bitsandbytes {width}", n, k, m))
+                floats = min(ms[name, n, k, m] for name in FLOATS if (name, n, k, m) in ms)
+                cells.append(f"{ratio(theirs / ours) if theirs else '-'} / {ratio(floats / ours)}")
+            lines.append((f"{n} x {k}", width, *cells))
+    return (
+        f"Times faster than bitsandbytes' layer of the same width / than torch's fastest float layer, "
+        f"{plural(threads, 'thread')} (bold: slower):\n\n"
+        + markdown(["layer", "weights", *(f"m = {m}" for m in batches)], lines)
+    )
+
+
+def losses(run: Run) -> str:
+    """Where a peer is faster, over every shape, m and thread count."""
+    points = {}
+    for row in run.rows:
+        points.setdefault((row["n"], row["k"], row["m"], row["threads"]), {})[row["contender"]] = row["ms"]
+    sentences = []
+    for ours in unique(row["contender"] for row in run.rows if row["contender"].startswith("bnbq")):
+        lost = []
+        for (n, k, m, threads), ms in points.items():
+            fastest = min(peers(ours, list(ms)), key=ms.get)
+            if ms[ours] > NARROW * ms[fastest]:
+                lost.append((ms[ours] / ms[fastest], f"{n} x {k}, m = {m}, {plural(threads, 'thread')}, {fastest}"))
+        worst = "; most by {:.1f} times: {}".format(*max(lost)) if lost else ""
+        sentences.append(
+            f"{ours} is over {NARROW - 1:.0%} slower than the fastest at {len(lost)} of {len(points)} points{worst}."
+        )
+    return "Where it loses, over every shape, m and thread count, to a peer of as many bits or a float layer: " + (
+        " ".join(sentences)
+    )
 
 
 def layers() -> str:
-    """One layer at several batch sizes, from the newest run of benchmarks/against.py."""
-    path = RESULTS / "layers.jsonl"
-    if not path.exists():
-        return "No results yet: `python -m benchmarks.against`."
-    every = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in every if row["commit"] == every[-1]["commit"] and row["n"] == row["k"] == 4096]
-    rows = [row for row in rows if row["threads"] == 1]
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    cells = {(row["contender"], row["m"]): f"{row['ms']:.2f} ({row['ms_min']:.2f}-{row['ms_max']:.2f})" for row in rows}
-    batches = sorted({row["m"] for row in rows})
-    table = markdown(["ms", *(f"m = {m}" for m in batches)],
-                     [(name, *(cells[name, m] for m in batches)) for name in names])
-    return (f"A 4096 x 4096 layer, bf16 in and out, six outlier columns, one thread, cold weights, median (range) of "
-            f"{rows[-1]['rounds']} rounds on {rows[-1]['cpu']} with {rows[-1]['isa']} kernels "
-            f"(`python -m benchmarks.against`):\n\n{table}")
+    run = newest(RESULTS / "layers.jsonl", "linear")
+    if run is None:
+        return "No results yet: `python -m benchmarks.against --all`."
+    parts = [
+        f"`python -m benchmarks.against --all` on {machine(run.about)}.",
+        one_shape(run),
+        every_shape(run),
+        losses(run),
+    ]
+    if (RESULTS / "layers.svg").exists():
+        parts.insert(1, "![Milliseconds over m, of bnbq, its peers and the limit](benchmarks/results/layers.svg)")
+    return "\n\n".join(parts)
+
+
+# ------------------------------------------------------------------ the rest of against.py
+
+
+def figures(title: str, kind: str, unit: str, label) -> str:
+    """A table of the newest results of a kind; ``label(row)`` gives a figure's line and column."""
+    run = newest(RESULTS / "layers.jsonl", kind)
+    if run is None:
+        return f"{title}: no results yet."
+    cells = {}
+    for row in run.rows:
+        cells.setdefault(label(row), {})[row["threads"]] = number(row[unit])
+    lines, columns = unique(line for line, _ in cells), unique(column for _, column in cells)
+    table = [(line, *(by_threads(cells.get((line, column), {0: "-"})) for column in columns)) for line in lines]
+    return f"{title}, {threads_of(run.rows)}:\n\n" + markdown([unit, *columns], table)
+
+
+def conversion(row: dict) -> tuple[str, str]:
+    library, _, operation = row["contender"].partition(" ")
+    return f"{operation}, {row['dtype']}, {row['n']} x {row['k']}", library
+
+
+def conversions() -> str:
+    return figures(
+        "Quantising and dequantising a weight, into new memory unless it is reused", "quantize", "ms", conversion
+    )
+
+
+def backward() -> str:
+    def label(row):
+        return row["contender"], f"{row['n']} x {row['k']}, m = {row['m']}"
+
+    return figures("Forward and gradient to the input, through a frozen weight", "backward", "ms", label)
+
+
+def call_cost() -> str:
+    title = "What a call costs: a layer of 64 x 64, m = 1, eager, without gradients"
+    return figures(title, "call", "us", lambda row: (row["contender"], "a call"))
+
+
+# ------------------------------------------------------------------ models
+
+
+def loads(run: Run, prefill: int) -> str:
+    header = ["weights", "load s", "first forward s", "memory of the load MB", "weights MB"]
+    header += ["decode tokens/s", f"prefill {prefill} tokens/s"]
+    tokens = {}
+    for kind in ("decode", "prefill"):
+        for row in newest(RESULTS / "models.jsonl", kind).rows:
+            tokens.setdefault((row["contender"], kind), {})[row["threads"]] = number(row["tokens_s"])
+    lines = []
+    for row in run.rows:
+        name, memory = row["contender"], [f"{row[field] / 1e6:.0f}" for field in ("peak", "weights")]
+        speeds = [by_threads(tokens[name, kind]) for kind in ("decode", "prefill")]
+        lines.append((name, number(row["s"]), number(max(0, row["first"])), *memory, *speeds))
+    return (
+        "Memory is the most anonymous memory above what imports take; torch's bf16 weights stay in the file's mapping "
+        'and are not in it. "First forward" is what the first takes beyond the second.\n\n' + markdown(header, lines)
+    )
+
+
+def steps(run: Run, tokens: int) -> str:
+    lines = [
+        (row["contender"], f"{row['s']:.2f} ({row['s_min']:.2f}-{row['s_max']:.2f})", f"{row['peak'] / 1e6:.0f}")
+        for row in run.rows
+    ]
+    title = f"A LoRA step on half of the layers, 2 x {tokens} tokens, {threads_of(run.rows)}, all weights in memory"
+    return f"{title}:\n\n" + markdown(["base", "s (range)", "memory MB"], lines)
+
+
+def models() -> str:
+    path = RESULTS / "models.jsonl"
+    model = newest(path, "model")
+    if model is None:
+        return "No results yet: `python -m benchmarks.models`."
+    shape = model.rows[0]
+    parts = [
+        f"A Llama of random weights, hidden {shape['hidden']}, {plural(shape['layers'], 'layer')}, intermediate "
+        f"{shape['intermediate']}, vocabulary {shape['vocab']}, bf16 (`python -m benchmarks.models` on "
+        f"{machine(model.about)})."
+    ]
+    for kind, part in (("load", loads), ("train", steps)):
+        run = newest(path, kind)
+        if run is not None:
+            parts.append(part(run, shape["prefill"]))
+    return "\n\n".join(parts)
+
+
+PARTS = {
+    "demo": demo,
+    "layers": layers,
+    "conversions": conversions,
+    "backward": backward,
+    "calls": call_cost,
+    "models": models,
+}
 
 
 def render(readme: str) -> str:
     """The README with its generated parts replaced."""
-    for name, text in (("demo", demo()), ("layers", layers())):
+    for name, part in PARTS.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         before, _, rest = readme.partition(begin)
-        readme = f"{before}{begin}{text}\n{end}{rest.partition(end)[2]}"
+        readme = f"{before}{begin}{part()}\n{end}{rest.partition(end)[2]}"
     return readme
 
 

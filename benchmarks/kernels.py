@@ -1,0 +1,164 @@
+"""Every kernel that this processor can run: each family on each instruction set.
+
+    python -m benchmarks.kernels [--shape 4096x4096] [--m 1 4 16 64 256] [--threads 1]
+
+Columns: median milliseconds, GB/s of weight read (and written, when converting), Gop/s, and the share of what memory
+and arithmetic of this machine allow, whatever the instruction set (`common.measure_limits`). Activations are bf16; the
+edge family runs inside each operation, and by itself in none. Instruction sets take turns; a case on which one took
+over half a second is left out for its larger m.
+"""
+
+import torch
+
+from bnbq import _bnbq, ops
+
+from .common import Results, available, copies, interleave, limit_seconds, output, parse_shape, parser, spread
+
+SLOW_SECONDS = 0.5
+
+
+def levels(family: str) -> dict[str, str]:
+    """Kernels of the family that run here, each with the instruction set that BNBQ_ISA would name for it."""
+    found, before = {}, _bnbq.isa()
+    for level in _bnbq.isas():
+        _bnbq.set_isa(level)
+        found.setdefault(next(row["isa"] for row in _bnbq.rows() if row["family"] == family and row["in_use"]), level)
+    _bnbq.set_isa(before)
+    return found
+
+
+def cases(family: str, n: int, k: int, batches: list[int]):
+    """Yield (operation, m, bytes, operations, arithmetic, call of (copy index))."""
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
+    dense = torch.empty(n, k, dtype=torch.bfloat16)
+    four = family == "q4"
+    packed = tuple(ops.quantize_4bit(w)[:2] if four else ops.quantize_8bit(w))
+    nbytes = sum(tensor.nbytes for tensor in packed)
+    weights = [tuple(tensor.clone() for tensor in packed) for _ in range(copies(nbytes))]
+
+    def pick(i):
+        return weights[i % len(weights)]
+
+    for m in batches:
+        x, gy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
+        y, gx = torch.empty_like(gy), torch.empty_like(x)
+        if four:
+            yield (
+                "linear",
+                m,
+                nbytes,
+                2 * m * n * k,
+                "bf16",
+                (lambda i, x=x, y=y: _bnbq.linear4bit(x, *pick(i), None, None, None, y, "nf4", 64, None)),
+            )
+            yield (
+                "backward",
+                m,
+                nbytes,
+                2 * m * n * k,
+                "bf16",
+                (lambda i, gy=gy, gx=gx: _bnbq.linear4bit_backward(gy, *pick(i), None, None, gx, "nf4", 64, None)),
+            )
+        else:
+            yield (
+                "linear",
+                m,
+                nbytes,
+                2 * m * n * k,
+                "int8",
+                (lambda i, x=x, y=y: _bnbq.linear8bitlt(x, *pick(i), None, y, 6.0, 0)),
+            )
+            yield (
+                "backward",
+                m,
+                nbytes,
+                2 * m * n * k,
+                "bf16",
+                (lambda i, gy=gy, gx=gx: _bnbq.linear8bitlt_backward(gy, *pick(i), gx, 0)),
+            )
+    for dtype in (torch.bfloat16, torch.float32):
+        dense = w.to(dtype)
+        name, moved = str(dtype).removeprefix("torch."), nbytes + dense.nbytes
+        if four:
+            yield (
+                f"quantize {name}",
+                0,
+                moved,
+                0,
+                "fp32",
+                (lambda i, w=dense: _bnbq.quantize_4bit(w, *pick(i), "nf4", 64)),
+            )
+            yield (
+                f"dequantize {name}",
+                0,
+                moved,
+                0,
+                "fp32",
+                (lambda i, w=dense: _bnbq.dequantize_4bit(*pick(i), None, None, w, "nf4", 64)),
+            )
+        else:
+            yield f"quantize {name}", 0, moved, 0, "fp32", lambda i, w=dense: _bnbq.quantize_8bit(w, *pick(i), 0)
+            yield f"dequantize {name}", 0, moved, 0, "fp32", lambda i, w=dense: _bnbq.dequantize_8bit(*pick(i), w, 0)
+
+
+def on(level: str, call):
+    """The call with the instruction sets above level out of reach."""
+
+    def capped(i):
+        _bnbq.set_isa(level)
+        call(i)
+
+    return capped
+
+
+def main(argv=None) -> None:
+    options = parser(__doc__, rounds=3)
+    options.set_defaults(threads=[1])
+    options.add_argument("--shape", default="4096x4096", metavar="NxK")
+    options.add_argument("--m", nargs="+", type=int, default=[1, 4, 16, 64, 256])
+    arguments = options.parse_args(argv)
+    n, k = parse_shape(arguments.shape)
+    batches = sorted([1, 64] if arguments.quick else arguments.m)
+    threads, before = available(arguments.threads), _bnbq.isa()
+    with Results(output(arguments, "kernels.jsonl"), "kernels", threads, arguments.quick) as results:
+        for family in ("q4", "s8"):
+            kernels = {
+                isa: level
+                for isa, level in levels(family).items()
+                if any(part in f"{family}_{isa}" for part in arguments.only)
+            }
+            slow = set()
+            for operation, m, nbytes, operations, arithmetic, call in cases(family, n, k, batches):
+                for count in threads:
+                    torch.set_num_threads(count)
+                    calls = {isa: on(level, call) for isa, level in kernels.items() if (isa, operation) not in slow}
+                    limit = limit_seconds(results.limits[count], nbytes, operations, arithmetic)
+                    print(
+                        f"\n{family} {operation} {f'm={m} ' * bool(m)}{n} x {k}, {count} threads"
+                        f"\n{'':14}{'ms':>10}{'GB/s':>9}{'Gop/s':>9}{'limit/time':>12}"
+                    )
+                    for isa, seconds in interleave(calls, arguments.rounds).items():
+                        row = results.add(
+                            "kernel",
+                            family=family,
+                            kernels=isa,
+                            operation=operation,
+                            n=n,
+                            k=k,
+                            m=m,
+                            threads=count,
+                            **spread(seconds, "ms", 1e3),
+                        )
+                        row_seconds = row["ms"] / 1e3
+                        if row_seconds > SLOW_SECONDS:
+                            slow.add((isa, operation))
+                        print(
+                            f"{isa:14}{row['ms']:10.3f}{nbytes / row_seconds / 1e9:9.2f}"
+                            f"{operations / row_seconds / 1e9:9.1f}{limit / row_seconds:12.2f}",
+                            flush=True,
+                        )
+    _bnbq.set_isa(before)
+
+
+if __name__ == "__main__":
+    main()
