@@ -4,7 +4,7 @@
     python -m benchmarks.against --backward    forward and gradient to the input, through a frozen weight
     python -m benchmarks.against --quantize    a weight quantised, and dequantised
     python -m benchmarks.against --call-cost   what a call costs before it computes anything: 64 x 64, m = 1
-    python -m benchmarks.against --all         all of it, which README.md's tables need: about seven minutes
+    python -m benchmarks.against --all         all of it, which README.md's tables need: about six minutes
 
 How it measures: the weights of every contender are copied until they exceed the last-level cache and the copies
 rotate, as the layers of a model do; contenders take turns in rounds, so a slow moment of the machine hits all of
@@ -12,8 +12,6 @@ them; a figure is the median of the rounds with its range. BNBQ_ISA caps bnbq's 
 """
 
 import ctypes
-import logging
-import warnings
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +20,13 @@ import bnbq
 from bnbq import _bnbq, ops
 
 from . import contenders
-from .common import Results, available, interleave, limit_seconds, output, parse_shape, parser, peers, spread
+from .common import Results, available, interleave, limit_seconds, output, parse_shape, parser, peers, quiet, spread
 
 SHAPES = ["4096x4096", "14336x4096", "4096x14336", "576x1536", "1536x576", "49152x576"]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 QUICK = [1, 16, 256]
-COARSE = [1, 4, 16, 64, 256]  # for the shapes after the first, unless --m says otherwise
-SLOW_ROUNDS = 3  # at most, where calls take seconds
+COARSE = [1, 4, 16, 64, 256]  # for the other shapes, unless --m says otherwise
+SLOW_ROUNDS = 3  # at most, for everything but the first shape
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -207,16 +205,16 @@ def main(argv=None) -> None:
     for flag in ("--backward", "--quantize", "--call-cost", "--all"):
         options.add_argument(flag, action="store_true")
     arguments = options.parse_args(argv)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    quiet()
     threads = available(arguments.threads)
     quick, only_one = arguments.quick, arguments.backward or arguments.quantize or arguments.call_cost
     slow_rounds = min(arguments.rounds, SLOW_ROUNDS)
     with Results(output(arguments, "layers.jsonl"), "against", threads, quick) as results:
         if arguments.all or not only_one:
             for shape in arguments.shapes or (SHAPES[:1] if quick else SHAPES):
-                batches = arguments.m or (QUICK if quick else BATCHES if shape == SHAPES[0] else COARSE)
-                linear(results, shape, batches, threads, arguments.rounds, arguments)
+                first = shape == SHAPES[0]
+                batches = arguments.m or (QUICK if quick else BATCHES if first else COARSE)
+                linear(results, shape, batches, threads, arguments.rounds if first else slow_rounds, arguments)
         for shape in arguments.shapes or (SHAPES[:1] if quick else SHAPES[1:2]):
             if arguments.all or arguments.backward:
                 batches = arguments.m or ([256] if quick else [16, 64, 256])

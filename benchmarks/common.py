@@ -8,11 +8,13 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COLD_BYTES = 256 << 20  # copies of a weight rotate over this much, more than a last-level cache keeps
 SLOT_SECONDS = 0.025
+
+
+def quiet() -> None:
+    """Warnings of the libraries that are measured are not for who reads the figures."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
 
 
 def cores() -> int:
@@ -246,12 +254,15 @@ def peers(ours: str, names: list[str]) -> list[str]:
 # ------------------------------------------------------------------ arguments
 
 
-def parser(doc: str, rounds: int = 5) -> argparse.ArgumentParser:
+def parser(doc: str, rounds: int = 5, only: bool = True) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="as far as there are cores")
     arguments.add_argument("--rounds", type=int, default=rounds)
     arguments.add_argument("--quick", action="store_true", help="the fewest figures that say anything")
-    arguments.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="contenders by parts of their names")
+    if only:
+        arguments.add_argument(
+            "--only", nargs="+", default=[""], metavar="NAME", help="contenders by parts of their names"
+        )
     where = arguments.add_mutually_exclusive_group()
     where.add_argument("--publish", action="store_true", help="append to what README.md shows, benchmarks/results")
     where.add_argument("--out", type=Path, metavar="FILE", help="append to this; default: in build/benchmarks")

@@ -1,4 +1,4 @@
-"""One layer over a fine grid of m: is there a cliff, and what does batch invariance cost?
+"""One layer over a fine grid of m, and over kinds of outliers: is there a cliff? What does batch invariance cost?
 
     python -m benchmarks.layers [--shape 4096x4096] [--dtype bf16] [--threads 1 2]
 
@@ -7,18 +7,16 @@ Two rules, by medians: a call with more rows never takes 10 % less time than one
 columns "invariant" have `bnbq.set_batch_invariant(True)`.
 """
 
-import logging
-import warnings
-
 import torch
 
 from bnbq import _bnbq
 
 from . import contenders
 from .against import DTYPES, forward
-from .common import FLOATS, Results, available, interleave, output, parse_shape, parser, spread
+from .common import FLOATS, Results, available, interleave, output, parse_shape, parser, quiet, spread
 
 BATCHES = [1, 2, 3, 4, 6, 8, 12, 15, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 257, 384, 512]
+COMPARED = ("bnbq nf4", "bnbq int8", *FLOATS)
 MONOTONE = 1.1
 SLOWER = {"bf16": 1.1, "fp32": 1.2}
 
@@ -32,62 +30,81 @@ def invariant(call):
     return switched
 
 
-def violations(ms: dict[tuple[str, int], float], dtype: str) -> list[str]:
-    """The rules broken, in words. ``ms`` by name and m."""
+def violations(ms: dict[tuple[str, int], float], dtype: str) -> list[dict]:
+    """Where a rule is broken, and by what factor. ``ms`` by name and m."""
     found = []
-    for name in sorted({name for name, _ in ms if name.startswith("bnbq")}):
-        most, at = 0.0, 0
+    for name in ("bnbq nf4", "bnbq int8"):
+        most = 0.0
         for m in sorted(m for other, m in ms if other == name):
-            if ms[name, m] * MONOTONE < most:
-                found.append(f"{name}: m={at} takes {most:.3f} ms, m={m} only {ms[name, m]:.3f}")
-            if ms[name, m] > most:
-                most, at = ms[name, m], m
-            fastest = min(ms[floats, m] for floats in FLOATS if (floats, m) in ms)
+            here = {"contender": name, "m": m}
+            if most > ms[name, m] * MONOTONE:
+                found.append({**here, "rule": "a smaller m takes longer", "factor": most / ms[name, m]})
+            most = max(most, ms[name, m])
+            fastest = min(ms[other, m] for other in FLOATS if (other, m) in ms)
             if ms[name, m] > fastest * SLOWER[dtype]:
-                found.append(f"{name}: m={m} takes {ms[name, m]:.3f} ms, {ms[name, m] / fastest:.2f} x torch's float")
+                found.append({**here, "rule": "torch's float layer is faster", "factor": ms[name, m] / fastest})
     return found
 
 
+def over_m(results: Results, layers, about: dict, batches: list[int], outliers: str, rounds: int) -> None:
+    """The grid of m, and the rules."""
+    ms = {}
+    print(f"\n{about}, outliers {outliers}")
+    for m in batches:
+        x = contenders.activations(m, about["k"], outliers)
+        calls = {name: forward(layer, x, about["n"]) for name, layer in layers.items() if name in COMPARED}
+        calls |= {f"{name} invariant": invariant(call) for name, call in calls.items() if "bnbq" in name}
+        for name, seconds in interleave(calls, rounds).items():
+            figures = {"m": m, "outliers": outliers, **spread(seconds, "ms", 1e3)}
+            ms[name, m] = results.add("cliff", contender=name, **about, **figures)["ms"]
+        if m == batches[0]:
+            print(f"{'ms':8}" + "".join(f"{name:>21}" for name in calls))
+        print(f"m={m:<6}" + "".join(f"{ms[name, m]:21.3f}" for name in calls), flush=True)
+    broken = violations(ms, about["dtype"])
+    for row in broken:
+        results.add("violation", threads=about["threads"], **row)
+        print(f"{row['contender']}, m={row['m']}: {row['rule']}, {row['factor']:.2f} times")
+    if not broken:
+        print("no cliff, and never behind torch's float layers")
+
+
+def over_outliers(results: Results, layers, about: dict, batches: list[int], rounds: int) -> None:
+    """LLM.int8() on activations of every kind, beside bitsandbytes'."""
+    settings = contenders.OUTLIERS
+    print(f"\n{'outliers, ms':28}" + "".join(f"{setting:>12}" for setting in settings))
+    for m in batches:
+        xs = {setting: contenders.activations(m, about["k"], setting) for setting in settings}
+        calls = {
+            (name, setting): forward(layers[name], x, about["n"])
+            for name in layers
+            if "int8" in name
+            for setting, x in xs.items()
+        }
+        ms = {}
+        for (name, setting), seconds in interleave(calls, rounds).items():
+            figures = {"m": m, "outliers": setting, **spread(seconds, "ms", 1e3)}
+            ms[name, setting] = results.add("outliers", contender=name, **about, **figures)["ms"]
+        for name in dict.fromkeys(name for name, _ in ms):
+            print(f"{f'{name}, m={m}':28}" + "".join(f"{ms[name, setting]:12.3f}" for setting in settings), flush=True)
+
+
 def main(argv=None) -> None:
-    options = parser(__doc__)
+    options = parser(__doc__, only=False)
     options.add_argument("--shape", default="4096x4096", metavar="NxK")
     options.add_argument("--m", nargs="+", type=int, default=BATCHES)
     options.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations")
-    options.add_argument("--outliers", choices=contenders.OUTLIERS, default="6")
+    options.add_argument("--outliers", choices=contenders.OUTLIERS, default="6", help="while m varies")
     arguments = options.parse_args(argv)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    quiet()
     n, k = parse_shape(arguments.shape)
     batches = sorted(arguments.m)[:: 4 if arguments.quick else 1]
-    layers = contenders.build(n, k, DTYPES[arguments.dtype], ["bnbq nf4", "bnbq int8", *FLOATS])
+    layers = contenders.build(n, k, DTYPES[arguments.dtype], [*COMPARED, "bitsandbytes int8"])
     with Results(output(arguments, "cliffs.jsonl"), "layers") as results:
         for count in available(arguments.threads):
             torch.set_num_threads(count)
-            ms = {}
-            print(f"\n{n} x {k}, {arguments.dtype}, outliers {arguments.outliers}, {count} threads")
-            for m in batches:
-                x = contenders.activations(m, k, arguments.outliers)
-                calls = {name: forward(layer, x, n) for name, layer in layers.items()}
-                calls |= {f"{name} invariant": invariant(call) for name, call in calls.items() if "bnbq" in name}
-                for name, seconds in interleave(calls, arguments.rounds).items():
-                    row = results.add(
-                        "cliff",
-                        contender=name,
-                        n=n,
-                        k=k,
-                        m=m,
-                        threads=count,
-                        dtype=arguments.dtype,
-                        outliers=arguments.outliers,
-                        **spread(seconds, "ms", 1e3),
-                    )
-                    ms[name, m] = row["ms"]
-                if m == batches[0]:
-                    print(f"{'ms':8}" + "".join(f"{name:>21}" for name in calls))
-                print(f"m={m:<6}" + "".join(f"{ms[name, m]:21.3f}" for name in calls), flush=True)
-            broken = violations(ms, arguments.dtype)
-            results.add("violations", threads=count, found=broken)
-            print("\n".join(broken) or "no cliff, and never behind torch's float layers")
+            about = dict(n=n, k=k, threads=count, dtype=arguments.dtype)
+            over_m(results, layers, about, batches, arguments.outliers, arguments.rounds)
+            over_outliers(results, layers, about, [64] if arguments.quick else [1, 64, 256], arguments.rounds)
 
 
 if __name__ == "__main__":

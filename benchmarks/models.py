@@ -17,16 +17,14 @@ train   seconds of a LoRA step (r = 16 on all projections, AdamW) on half of the
 """
 
 import json
-import logging
 import select
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
-from .common import ROOT, Results, available, output, parser, spread, version
+from .common import ROOT, Results, available, output, parser, quiet, spread, version
 
 SAMPLE_SECONDS = 0.004
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -170,8 +168,7 @@ class Model:
 def serve(contender: str) -> None:
     """Answer requests, a JSON line each: [method, arguments]."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the answers
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    quiet()
     model = Model(contender)
     print(json.dumps(None), file=answers, flush=True)
     for line in sys.stdin:
@@ -324,7 +321,7 @@ def main(argv=None) -> None:
         ("vocab", 32000),
         ("prefill", 256),
         ("tokens", 16),
-        ("loads", 2),
+        ("loads", 1),
     ):
         options.add_argument(f"--{name}", type=int, default=value)
     options.add_argument("--what", nargs="+", choices=["inference", "training"], default=["inference", "training"])

@@ -109,8 +109,9 @@ def main(argv=None) -> None:
         options.error(f"{arguments.results} has no complete run: python -m benchmarks.against")
     with plt.rc_context(STYLE):
         figure = draw(run)
-        figure.savefig(arguments.out.with_suffix(".png"), dpi=120, metadata={"Software": None})
-        figure.savefig(arguments.out.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+        about = {"Description": f"run of {run.about['started']}"}
+        figure.savefig(arguments.out.with_suffix(".png"), dpi=120, metadata={"Software": None, **about})
+        figure.savefig(arguments.out.with_suffix(".svg"), metadata={"Date": None, "Creator": None, **about})
         plt.close(figure)
 
 

@@ -173,6 +173,47 @@ def layers() -> str:
     return "\n\n".join(parts)
 
 
+def cliffs() -> str:
+    """Which rules of layers.py are broken where, what batch invariance costs, and what outliers cost."""
+    path = RESULTS / "cliffs.jsonl"
+    run, broken, outliers = (newest(path, kind) for kind in ("cliff", "violation", "outliers"))
+    if run is None:
+        return "No results yet: `python -m benchmarks.layers`."
+    where = {}
+    for row in broken.rows if broken and broken.about == run.about else []:
+        where.setdefault((row["contender"], row["threads"], row["rule"]), []).append((row["m"], row["factor"]))
+    found = [
+        f"- {name}, {plural(threads, 'thread')}, m = {', '.join(str(m) for m, _ in points)}: {rule}, by up to "
+        f"{max(factor for _, factor in points):.2f} times"
+        for (name, threads, rule), points in where.items()
+    ]
+    first = run.rows[0]
+    ms = {(row["contender"], row["m"], row["threads"]): row["ms"] for row in run.rows}
+    cost = sorted(
+        seconds / ms[name.removesuffix(" invariant"), m, threads]
+        for (name, m, threads), seconds in ms.items()
+        if name.endswith(" invariant")
+    )
+    cells = {}
+    for row in outliers.rows:
+        line = cells.setdefault(f"{row['contender']}, m = {row['m']}", {})
+        line.setdefault(row["outliers"], {})[row["threads"]] = number(row["ms"])
+    settings = unique(row["outliers"] for row in outliers.rows)
+    table = [(line, *(by_threads(figures[setting]) for setting in settings)) for line, figures in cells.items()]
+    return "\n\n".join(
+        [
+            f"Cliffs (`python -m benchmarks.layers`, whose --help has the rules: a {first['n']} x {first['k']} layer, "
+            f"{first['dtype']}, {len({m for _, m, _ in ms})} values of m, {threads_of(run.rows)}):",
+            "\n".join(found) or "- none",
+            f"`set_batch_invariant(True)` takes {statistics.median(cost):.2f} times as long in the middle, at most "
+            f"{cost[-1]:.2f} times.",
+            f"LLM.int8() by the outliers in x, {threads_of(outliers.rows)}: none, in six columns, in 1% and in 40% of "
+            "them, massive ones in the first of every 256 rows:",
+            markdown(["ms", *settings], table),
+        ]
+    )
+
+
 # ------------------------------------------------------------------ the rest of against.py
 
 
@@ -263,6 +304,7 @@ def models() -> str:
 PARTS = {
     "demo": demo,
     "layers": layers,
+    "cliffs": cliffs,
     "conversions": conversions,
     "backward": backward,
     "calls": call_cost,

@@ -1,6 +1,7 @@
 """Each benchmark runs, in a tiny setting, and leaves results that the tables and the plot can read."""
 
 import json
+import logging
 import re
 import sys
 import time
@@ -28,12 +29,13 @@ def shrink(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def shrunk_and_restored(monkeypatch):
-    """torch's threads and the kernels are put back."""
+    """torch's threads, the kernels and logging are put back."""
     shrink(monkeypatch)
     threads, isa = torch.get_num_threads(), _bnbq.isa()
     yield
     torch.set_num_threads(threads)
     _bnbq.set_isa(isa)
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
@@ -210,15 +212,22 @@ def test_kernels_times_every_row_that_runs_here(tmp_path):
     assert {row["operation"].split()[0] for row in rows} == {"linear", "backward", "quantize", "dequantize"}
 
 
-def test_layers_runs_and_finds_cliffs(tmp_path):
-    layers.main([*TINY, "--shape", "64x128", "--out", str(tmp_path / "out.jsonl")])
-    *rows, found = lines(tmp_path / "out.jsonl")[1:-1]
-    assert found["kind"] == "violations" and {"bnbq nf4", "bnbq nf4 invariant"} <= {row["contender"] for row in rows}
+def test_layers_runs_and_finds_cliffs(tmp_path, monkeypatch):
+    layers.main([*TINY, "--shape", "64x128", "--out", str(tmp_path / "cliffs.jsonl")])
+    rows = lines(tmp_path / "cliffs.jsonl")[1:-1]
+    names = {row["contender"] for row in rows if row["kind"] == "cliff"}
+    assert names == {f"bnbq {kind}{mode}" for kind in ("nf4", "int8") for mode in ("", " invariant")} | {*common.FLOATS}
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert {row["outliers"] for row in rows if row["kind"] == "outliers"} == set(contenders.OUTLIERS)
+    assert "`set_batch_invariant(True)` takes" in tables.cliffs() and "| bnbq int8, m = 64 |" in tables.cliffs()
+
     ms = {("torch fp32", 1): 1.0, ("torch fp32", 2): 2.0, ("bnbq nf4", 1): 1.05, ("bnbq nf4", 2): 0.99}
     assert layers.violations(ms, "bf16") == []
-    assert layers.violations(ms | {("bnbq nf4", 2): 0.9}, "bf16") == ["bnbq nf4: m=1 takes 1.050 ms, m=2 only 0.900"]
-    assert layers.violations(ms | {("bnbq nf4", 1): 1.15, ("bnbq nf4", 2): 1.2}, "fp32") == []
-    assert len(layers.violations(ms | {("bnbq nf4", 1): 1.15, ("bnbq nf4", 2): 2.3}, "bf16")) == 2
+    (cliff,) = layers.violations(ms | {("bnbq nf4", 2): 0.9}, "bf16")
+    assert (cliff["m"], cliff["rule"]) == (2, "a smaller m takes longer") and 1.1 < cliff["factor"] < 1.2
+    slower = ms | {("bnbq nf4", 1): 1.15, ("bnbq nf4", 2): 2.3}
+    assert layers.violations(slower, "fp32") == []
+    assert [row["m"] for row in layers.violations(slower, "bf16")] == [1, 2]
 
 
 def test_models_measures_a_small_model_in_processes_of_their_own(tmp_path, monkeypatch):

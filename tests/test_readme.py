@@ -34,16 +34,22 @@ def test_files_that_the_readme_links_to_exist():
             assert (ROOT / target).exists(), target
 
 
-def test_tables_are_what_the_results_files_say():
-    """`python -m benchmarks.tables` leaves the README as it is."""
-    import sys
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import tables
 
-    sys.path.insert(0, str(ROOT))
-    try:
-        from benchmarks.tables import render
-    finally:
-        sys.path.pop(0)
-    assert render(README) == README
+    return tables
+
+
+def test_tables_are_what_the_results_files_say(tables):
+    """`python -m benchmarks.tables` leaves the README as it is."""
+    assert tables.render(README) == README
+
+
+def test_the_picture_is_of_the_run_that_the_tables_show(tables):
+    run = tables.newest(tables.RESULTS / "layers.jsonl", "linear")
+    assert f"run of {run.about['started']}" in (tables.RESULTS / "layers.svg").read_text()
 
 
 def test_environment_variables_of_the_readme_exist_in_the_sources():
