@@ -33,7 +33,7 @@ def quiet() -> None:
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def copies(nbytes: int) -> int:
@@ -166,15 +166,22 @@ def commit() -> str | None:
     return head.stdout.strip() + "+" * bool(dirty.stdout)
 
 
+def processor() -> str:
+    """Its name, family and model; virtual machines often hide the rest."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    return f"{fields['model name']}, family {fields['cpu family']} model {fields['model']}"
+
+
 def machine() -> dict:
     import bnbq
     from bnbq import _bnbq
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": cores(),
         "features": list(_bnbq.cpu_features()),
         "isa": _bnbq.isa(),
@@ -218,6 +225,11 @@ class Results:
         if kind is None:
             self._line({"end": True})
         self.file.close()
+
+
+def describe(row: dict) -> str:
+    """Fields for the terminal."""
+    return ", ".join(f"{name} {value}" for name, value in row.items())
 
 
 class Run(NamedTuple):
@@ -278,6 +290,6 @@ def available(threads: list[int]) -> list[int]:
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """ "4096x1024" is out_features n = 4096, in_features k = 1024."""
+    """out_features n = 4096, in_features k = 1024 from "4096x1024"."""
     n, k = map(int, text.split("x"))
     return n, k

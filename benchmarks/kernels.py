@@ -8,11 +8,15 @@ edge family runs inside each operation, and by itself in none. Instruction sets 
 over half a second is left out for its larger m.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
 import torch
 
 from bnbq import _bnbq, ops
 
-from .common import Results, available, copies, interleave, limit_seconds, output, parse_shape, parser, spread
+from .common import Results, available, copies, describe, interleave, limit_seconds, output, parse_shape, parser, spread
 
 SLOW_SECONDS = 0.5
 
@@ -27,78 +31,61 @@ def levels(family: str) -> dict[str, str]:
     return found
 
 
-def cases(family: str, n: int, k: int, batches: list[int]):
-    """Yield (operation, m, bytes, operations, arithmetic, call of (copy index))."""
+class Case(NamedTuple):
+    operation: str
+    m: int  # 0: there is no x
+    nbytes: int
+    operations: int
+    arithmetic: str
+    call: Callable[[int], None]  # of the index of the weight's copy
+
+
+def cases(family: str, n: int, k: int, batches: list[int]) -> Iterator[Case]:
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
-    dense = torch.empty(n, k, dtype=torch.bfloat16)
-    four = family == "q4"
-    packed = tuple(ops.quantize_4bit(w)[:2] if four else ops.quantize_8bit(w))
+    packed = ops.quantize_4bit(w)[:2] if family == "q4" else ops.quantize_8bit(w)
     nbytes = sum(tensor.nbytes for tensor in packed)
     weights = [tuple(tensor.clone() for tensor in packed) for _ in range(copies(nbytes))]
 
     def pick(i):
         return weights[i % len(weights)]
 
+    if family == "q4":
+
+        def linear(x, y, i):
+            _bnbq.linear4bit(x, *pick(i), None, None, None, y, "nf4", 64, None)
+
+        def backward(gy, gx, i):
+            _bnbq.linear4bit_backward(gy, *pick(i), None, None, gx, "nf4", 64, None)
+
+        def quantize(dense, i):
+            _bnbq.quantize_4bit(dense, *pick(i), "nf4", 64)
+
+        def dequantize(dense, i):
+            _bnbq.dequantize_4bit(*pick(i), None, None, dense, "nf4", 64)
+
+    else:
+
+        def linear(x, y, i):
+            _bnbq.linear8bitlt(x, *pick(i), None, y, 6.0, 0)
+
+        def backward(gy, gx, i):
+            _bnbq.linear8bitlt_backward(gy, *pick(i), gx, 0)
+
+        def quantize(dense, i):
+            _bnbq.quantize_8bit(dense, *pick(i), 0)
+
+        def dequantize(dense, i):
+            _bnbq.dequantize_8bit(*pick(i), dense, 0)
+
     for m in batches:
-        x, gy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
-        y, gx = torch.empty_like(gy), torch.empty_like(x)
-        if four:
-            yield (
-                "linear",
-                m,
-                nbytes,
-                2 * m * n * k,
-                "bf16",
-                (lambda i, x=x, y=y: _bnbq.linear4bit(x, *pick(i), None, None, None, y, "nf4", 64, None)),
-            )
-            yield (
-                "backward",
-                m,
-                nbytes,
-                2 * m * n * k,
-                "bf16",
-                (lambda i, gy=gy, gx=gx: _bnbq.linear4bit_backward(gy, *pick(i), None, None, gx, "nf4", 64, None)),
-            )
-        else:
-            yield (
-                "linear",
-                m,
-                nbytes,
-                2 * m * n * k,
-                "int8",
-                (lambda i, x=x, y=y: _bnbq.linear8bitlt(x, *pick(i), None, y, 6.0, 0)),
-            )
-            yield (
-                "backward",
-                m,
-                nbytes,
-                2 * m * n * k,
-                "bf16",
-                (lambda i, gy=gy, gx=gx: _bnbq.linear8bitlt_backward(gy, *pick(i), gx, 0)),
-            )
+        x, y = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
+        arithmetic = "bf16" if family == "q4" else "int8"
+        yield Case("linear", m, nbytes, 2 * m * n * k, arithmetic, partial(linear, x, y.clone()))
+        yield Case("backward", m, nbytes, 2 * m * n * k, "bf16", partial(backward, y, x.clone()))
     for dtype in (torch.bfloat16, torch.float32):
-        dense = w.to(dtype)
-        name, moved = str(dtype).removeprefix("torch."), nbytes + dense.nbytes
-        if four:
-            yield (
-                f"quantize {name}",
-                0,
-                moved,
-                0,
-                "fp32",
-                (lambda i, w=dense: _bnbq.quantize_4bit(w, *pick(i), "nf4", 64)),
-            )
-            yield (
-                f"dequantize {name}",
-                0,
-                moved,
-                0,
-                "fp32",
-                (lambda i, w=dense: _bnbq.dequantize_4bit(*pick(i), None, None, w, "nf4", 64)),
-            )
-        else:
-            yield f"quantize {name}", 0, moved, 0, "fp32", lambda i, w=dense: _bnbq.quantize_8bit(w, *pick(i), 0)
-            yield f"dequantize {name}", 0, moved, 0, "fp32", lambda i, w=dense: _bnbq.dequantize_8bit(*pick(i), w, 0)
+        dense, name = w.to(dtype), str(dtype).removeprefix("torch.")
+        yield Case(f"quantize {name}", 0, nbytes + dense.nbytes, 0, "fp32", partial(quantize, dense))
+        yield Case(f"dequantize {name}", 0, nbytes + dense.nbytes, 0, "fp32", partial(dequantize, dense))
 
 
 def on(level: str, call):
@@ -128,33 +115,23 @@ def main(argv=None) -> None:
                 if any(part in f"{family}_{isa}" for part in arguments.only)
             }
             slow = set()
-            for operation, m, nbytes, operations, arithmetic, call in cases(family, n, k, batches):
+            for case in cases(family, n, k, batches):
                 for count in threads:
                     torch.set_num_threads(count)
-                    calls = {isa: on(level, call) for isa, level in kernels.items() if (isa, operation) not in slow}
-                    limit = limit_seconds(results.limits[count], nbytes, operations, arithmetic)
-                    print(
-                        f"\n{family} {operation} {f'm={m} ' * bool(m)}{n} x {k}, {count} threads"
-                        f"\n{'':14}{'ms':>10}{'GB/s':>9}{'Gop/s':>9}{'limit/time':>12}"
-                    )
-                    for isa, seconds in interleave(calls, arguments.rounds).items():
-                        row = results.add(
-                            "kernel",
-                            family=family,
-                            kernels=isa,
-                            operation=operation,
-                            n=n,
-                            k=k,
-                            m=m,
-                            threads=count,
-                            **spread(seconds, "ms", 1e3),
-                        )
-                        row_seconds = row["ms"] / 1e3
-                        if row_seconds > SLOW_SECONDS:
-                            slow.add((isa, operation))
+                    calls = {
+                        isa: on(level, case.call) for isa, level in kernels.items() if (isa, case.operation) not in slow
+                    }
+                    limit = limit_seconds(results.limits[count], case.nbytes, case.operations, case.arithmetic)
+                    about = dict(family=family, operation=case.operation, n=n, k=k, m=case.m, threads=count)
+                    print(f"\n{describe(about)}\n{'':14}{'ms':>10}{'GB/s':>9}{'Gop/s':>9}{'limit/time':>12}")
+                    for isa, times in interleave(calls, arguments.rounds).items():
+                        row = results.add("kernel", kernels=isa, **about, **spread(times, "ms", 1e3))
+                        seconds = row["ms"] / 1e3
+                        if seconds > SLOW_SECONDS:
+                            slow.add((isa, case.operation))
                         print(
-                            f"{isa:14}{row['ms']:10.3f}{nbytes / row_seconds / 1e9:9.2f}"
-                            f"{operations / row_seconds / 1e9:9.1f}{limit / row_seconds:12.2f}",
+                            f"{isa:14}{row['ms']:10.3f}{case.nbytes / seconds / 1e9:9.2f}"
+                            f"{case.operations / seconds / 1e9:9.1f}{limit / seconds:12.2f}",
                             flush=True,
                         )
     _bnbq.set_isa(before)

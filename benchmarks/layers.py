@@ -13,7 +13,7 @@ from bnbq import _bnbq
 
 from . import contenders
 from .against import DTYPES, forward
-from .common import FLOATS, Results, available, interleave, output, parse_shape, parser, quiet, spread
+from .common import FLOATS, Results, available, describe, interleave, output, parse_shape, parser, quiet, spread
 
 BATCHES = [1, 2, 3, 4, 6, 8, 12, 15, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 257, 384, 512]
 COMPARED = ("bnbq nf4", "bnbq int8", *FLOATS)
@@ -49,7 +49,7 @@ def violations(ms: dict[tuple[str, int], float], dtype: str) -> list[dict]:
 def over_m(results: Results, layers, about: dict, batches: list[int], outliers: str, rounds: int) -> None:
     """The grid of m, and the rules."""
     ms = {}
-    print(f"\n{about}, outliers {outliers}")
+    print(f"\n{describe(about)}, outliers {outliers}")
     for m in batches:
         x = contenders.activations(m, about["k"], outliers)
         calls = {name: forward(layer, x, about["n"]) for name, layer in layers.items() if name in COMPARED}

@@ -84,7 +84,7 @@ def make(folder: Path, hidden: int, layers: int, intermediate: int, vocab: int) 
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if "norm" in name:
-                tensor.fill_(1.0)[:: max(1, hidden // 6)] = 10.0
+                tensor.fill_(1.0)[torch.arange(6) * hidden // 6] = 10.0
             else:
                 tensor.normal_(std=0.02)
     model.save_pretrained(folder)

@@ -12,6 +12,14 @@ from .common import FLOATS, RESULTS, ROOT, Run, newest, peers
 
 NARROW = 1.1  # less than this is no loss: the medians of two rounds differ by as much
 
+OUTLIERS = {
+    "none": "no outliers",
+    "6": "outliers in six columns",
+    "1%": "outliers in 1% of the columns",
+    "40%": "outliers in 40% of the columns",
+    "first-token": "massive outliers in three columns of every 256th row",
+}
+
 
 def markdown(header: list, rows: list) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
@@ -105,7 +113,7 @@ def one_shape(run: Run) -> str:
     spreads = sorted((row["ms_max"] - row["ms_min"]) / row["ms"] for row in run.rows)
     return (
         f"Milliseconds of a {n} x {k} layer, {rows[0]['dtype']} in and out (torch fp32 and dynamic int8: fp32), "
-        f"outliers: {rows[0]['outliers']}, {threads_of(rows)}, cold weights, median of {rows[0]['rounds']} rounds. "
+        f"{OUTLIERS[rows[0]['outliers']]}, {threads_of(rows)}, cold weights, median of {rows[0]['rounds']} rounds. "
         f"The rounds of a figure range over {statistics.median(spreads):.0%} of it in the middle and "
         f"{spreads[len(spreads) * 9 // 10]:.0%} in one of ten.\n\n"
         + markdown(["ms", *(f"m = {m}" for m in batches)], lines)
@@ -176,7 +184,7 @@ def layers() -> str:
 def cliffs() -> str:
     """Which rules of layers.py are broken where, what batch invariance costs, and what outliers cost."""
     path = RESULTS / "cliffs.jsonl"
-    run, broken, outliers = (newest(path, kind) for kind in ("cliff", "violation", "outliers"))
+    run, broken = newest(path, "cliff"), newest(path, "violation")
     if run is None:
         return "No results yet: `python -m benchmarks.layers`."
     where = {}
@@ -187,31 +195,29 @@ def cliffs() -> str:
         f"{max(factor for _, factor in points):.2f} times"
         for (name, threads, rule), points in where.items()
     ]
-    first = run.rows[0]
     ms = {(row["contender"], row["m"], row["threads"]): row["ms"] for row in run.rows}
+    mode = " invariant"
     cost = sorted(
-        seconds / ms[name.removesuffix(" invariant"), m, threads]
-        for (name, m, threads), seconds in ms.items()
-        if name.endswith(" invariant")
+        ms[name, m, threads] / ms[name.removesuffix(mode), m, threads] for name, m, threads in ms if name.endswith(mode)
     )
+    first, values = run.rows[0], len({m for _, m, _ in ms})
+    return (
+        f"Cliffs (`python -m benchmarks.layers`, whose --help has the rules: a {first['n']} x {first['k']} layer, "
+        f"{first['dtype']}, {values} values of m, {threads_of(run.rows)}):\n\n"
+        + ("\n".join(found) or "- none")
+        + "\n\n"
+        f"`set_batch_invariant(True)` takes {statistics.median(cost):.2f} times as long in the middle, at most "
+        f"{cost[-1]:.2f} times.\n\n" + outliers(newest(path, "outliers"))
+    )
+
+
+def outliers(run: Run) -> str:
     cells = {}
-    for row in outliers.rows:
+    for row in run.rows:
         line = cells.setdefault(f"{row['contender']}, m = {row['m']}", {})
         line.setdefault(row["outliers"], {})[row["threads"]] = number(row["ms"])
-    settings = unique(row["outliers"] for row in outliers.rows)
-    table = [(line, *(by_threads(figures[setting]) for setting in settings)) for line, figures in cells.items()]
-    return "\n\n".join(
-        [
-            f"Cliffs (`python -m benchmarks.layers`, whose --help has the rules: a {first['n']} x {first['k']} layer, "
-            f"{first['dtype']}, {len({m for _, m, _ in ms})} values of m, {threads_of(run.rows)}):",
-            "\n".join(found) or "- none",
-            f"`set_batch_invariant(True)` takes {statistics.median(cost):.2f} times as long in the middle, at most "
-            f"{cost[-1]:.2f} times.",
-            f"LLM.int8() by the outliers in x, {threads_of(outliers.rows)}: none, in six columns, in 1% and in 40% of "
-            "them, massive ones in the first of every 256 rows:",
-            markdown(["ms", *settings], table),
-        ]
-    )
+    lines = [(line, *(by_threads(figures[setting]) for setting in OUTLIERS)) for line, figures in cells.items()]
+    return f"LLM.int8() by the outliers in x, {threads_of(run.rows)}:\n\n" + markdown(["ms", *OUTLIERS.values()], lines)
 
 
 # ------------------------------------------------------------------ the rest of against.py
