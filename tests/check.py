@@ -1,7 +1,7 @@
 """The one command: build, format, lint, test, and say which kernels ran.
 
     python tests/check.py              everything that a change must pass (about ten minutes on two cores)
-    python tests/check.py --fast       without the slower halves (transformers, peft, sanitizers)
+    python tests/check.py --fast       without the slower halves (benchmarks, transformers, peft, sanitizers)
     python tests/check.py --slow       also the tests marked slow (needs 6 GB)
     python tests/check.py --hardening  only the sanitizer build and its tests
 
@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What runs under AddressSanitizer and UBSan: everything that hands memory to the C core.
 CORE_TESTS = ["test_quantize.py", "test_linear.py", "test_golden.py", "test_errors_core.py", "test_dlpack.py"]
-SLOWER_TESTS = ["test_transformers.py", "test_architectures.py", "test_peft.py", "test_accelerate.py", "test_bitsandbytes_parity.py", "test_state_machine.py"]
+SLOWER_TESTS = ["test_benchmarks.py", "test_transformers.py", "test_architectures.py", "test_peft.py", "test_accelerate.py", "test_bitsandbytes_parity.py", "test_state_machine.py"]
 
 failures = []
 
