@@ -209,7 +209,7 @@ def main(argv=None) -> None:
     threads = available(arguments.threads)
     quick, only_one = arguments.quick, arguments.backward or arguments.quantize or arguments.call_cost
     slow_rounds = min(arguments.rounds, SLOW_ROUNDS)
-    with Results(output(arguments, "layers.jsonl"), "against", threads, quick) as results:
+    with Results(output(arguments, "layers.jsonl"), "against", threads) as results:
         if arguments.all or not only_one:
             for shape in arguments.shapes or (SHAPES[:1] if quick else SHAPES):
                 first = shape == SHAPES[0]

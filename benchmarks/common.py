@@ -98,29 +98,28 @@ def spread(values: list[float], unit: str, scale: float = 1.0) -> dict:
 # ------------------------------------------------------------------ the machine
 
 
-def best(call: Callable[[], object], repeats: int) -> float:
+def best(call: Callable[[], object]) -> float:
     call()
     times = []
-    for _ in range(repeats):
+    for _ in range(8):
         begin = time.perf_counter()
         call()
         times.append(time.perf_counter() - begin)
     return min(times)
 
 
-def measure_limits(threads: int, quick: bool = False) -> dict:
+def measure_limits(threads: int) -> dict:
     """What torch reaches on this machine: reading memory (GB/s) and multiplying (Gop/s by type).
 
-    Reading is the best of a maximum and a dot product over 512 MB. Multiplying is the best of oneDNN's and MKL's
-    matrix products in three sizes: near the processor's peak, not above it, so a share of this limit can exceed 1.
+    Reading is the best of a maximum and a dot product over twice COLD_BYTES. Multiplying is the best of oneDNN's and
+    MKL's matrix products in three sizes: near the processor's peak, not above it, so a share of it can exceed 1.
     """
     import torch
     import torch.nn.functional as F
 
     torch.set_num_threads(threads)
-    repeats = 2 if quick else 8
-    memory = torch.ones(2, (64 if quick else 512) << 17)
-    read = min(best(memory.amax, repeats), best(lambda: torch.dot(*memory), repeats))
+    memory = torch.ones(2, COLD_BYTES // 4)
+    read = min(best(memory.amax), best(lambda: torch.dot(*memory)))
     limits = {"read_gbs": memory.nbytes / read / 1e9}
     products = {
         "fp32": (torch.float32, F.linear),
@@ -129,10 +128,10 @@ def measure_limits(threads: int, quick: bool = False) -> dict:
     }
     for name, (dtype, product) in products.items():
         reached = 0.0
-        for m, n, k in ((256, 512, 512),) if quick else ((256, 512, 512), (512, 512, 512), (1024, 1024, 1024)):
+        for m, n, k in ((256, 512, 512), (512, 512, 512), (1024, 1024, 1024)):
             x, w = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
             with torch.no_grad():
-                seconds = best(lambda product=product, x=x, w=w: product(x, w), repeats)
+                seconds = best(lambda product=product, x=x, w=w: product(x, w))
             reached = max(reached, 2 * m * n * k / seconds / 1e9)
         limits[f"{name}_gops"] = reached
     return limits
@@ -201,9 +200,9 @@ class Results:
     With ``threads``, the limits are measured first and described with the machine.
     """
 
-    def __init__(self, path: Path, benchmark: str, threads=(), quick: bool = False):
+    def __init__(self, path: Path, benchmark: str, threads=()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.limits = {count: measure_limits(count, quick) for count in threads}
+        self.limits = {count: measure_limits(count) for count in threads}
         self.file = path.open("a")
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._line({"run": benchmark, "started": started, **machine(), "limits": self.limits})

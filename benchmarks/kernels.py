@@ -107,7 +107,7 @@ def main(argv=None) -> None:
     n, k = parse_shape(arguments.shape)
     batches = sorted([1, 64] if arguments.quick else arguments.m)
     threads, before = available(arguments.threads), _bnbq.isa()
-    with Results(output(arguments, "kernels.jsonl"), "kernels", threads, arguments.quick) as results:
+    with Results(output(arguments, "kernels.jsonl"), "kernels", threads) as results:
         for family in ("q4", "s8"):
             kernels = {
                 isa: level
