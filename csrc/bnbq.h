@@ -22,6 +22,10 @@ typedef enum bnbq_dtype {
     BNBQ_I8,
 } bnbq_dtype;
 
+static inline size_t bnbq_dtype_size(bnbq_dtype dtype) {
+    return dtype == BNBQ_F32 ? 4 : dtype == BNBQ_U8 || dtype == BNBQ_I8 ? 1 : 2;
+}
+
 typedef enum bnbq_status {
     BNBQ_OK = 0,
     BNBQ_NO_MEMORY,  /* scratch could not be allocated */

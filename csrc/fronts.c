@@ -12,10 +12,6 @@
 /* Elements that are gathered or rounded at a time, on the stack. */
 enum { PIECE = 512 };
 
-static size_t element_size(bnbq_dtype dtype) {
-    return dtype == BNBQ_F32 ? 4 : dtype == BNBQ_U8 || dtype == BNBQ_I8 ? 1 : 2;
-}
-
 /* ---------------------------------------------------------------- views */
 
 static void add_dimension(bnbq_view *view, int64_t shape, int64_t stride) {
@@ -73,7 +69,7 @@ static char *element(const bnbq_view *view, int64_t row, int64_t col) {
     }
     if (view->outer > 0)
         offset += row * view->strides[0];
-    return view->data + offset * (int64_t)element_size(view->dtype);
+    return view->data + offset * (int64_t)bnbq_dtype_size(view->dtype);
 }
 
 /* ---------------------------------------------------------------- reading and writing */
@@ -106,7 +102,7 @@ const float *bnbq_load(const bnbq_view *view, int64_t row, int64_t col, int64_t 
         return scratch;
     }
     const bnbq_edge_kernels *edge = bnbq_edge();
-    size_t size = element_size(view->dtype);
+    size_t size = bnbq_dtype_size(view->dtype);
     uint32_t piece[PIECE];
     for (int64_t i = 0; i < count; i += PIECE) {
         int64_t part = bnbq_min(PIECE, count - i);
@@ -123,7 +119,7 @@ void bnbq_store(const bnbq_view *view, int64_t row, int64_t col, int64_t count, 
         edge->narrow(src, count, view->dtype, dst);
         return;
     }
-    size_t size = element_size(view->dtype);
+    size_t size = bnbq_dtype_size(view->dtype);
     uint32_t piece[PIECE];
     for (int64_t i = 0; i < count; i += PIECE) {
         int64_t part = bnbq_min(PIECE, count - i);
@@ -137,7 +133,7 @@ void bnbq_store(const bnbq_view *view, int64_t row, int64_t col, int64_t count, 
  * lines they would evict each other. */
 static void load_transposed(const bnbq_view *view, int64_t row, int64_t rows, float *out) {
     enum { ROWS = 64, COLUMNS = 16, AHEAD = 16 };
-    int64_t size = (int64_t)element_size(view->dtype);
+    int64_t size = (int64_t)bnbq_dtype_size(view->dtype);
     float tile[ROWS][COLUMNS], column[ROWS];
     for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
         int64_t height = bnbq_min(ROWS, rows - r0);

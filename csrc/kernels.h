@@ -84,14 +84,17 @@ typedef struct bnbq_q4_kernels {
     const char *isa;
     bnbq_isa level;
     uint32_t needs;
-    /* w: f32[count], finite; count >= 1, whole blocks or, at the end of a weight, one short block.
-     * qweight: u8[ceil(count/2)], absmax: f32[ceil(count/blocksize)]. reference.py defines every
-     * bit, the short block's too. An odd count pads the last byte with the code of 0. */
-    void (*quantize)(const float *w, int64_t count, const bnbq_format *format, int64_t blocksize,
-                     uint8_t *qweight, float *absmax);
-    /* w[i] = codebook[code i] * absmax[i / blocksize], one fp32 rounding; count >= 1, any. */
+    /* w: count values of a float dtype; count >= 1, whole blocks or, at the end of a weight, one
+     * short block. qweight: u8[ceil(count/2)], absmax: f32[ceil(count/blocksize)]. reference.py
+     * defines every bit, the short block's too. An odd count pads the last byte with the code of 0.
+     * NaN or Inf in a block shows in its absmax, which is then one of them; its codes mean nothing.
+     */
+    void (*quantize)(const void *w, bnbq_dtype dtype, int64_t count, const bnbq_format *format,
+                     int64_t blocksize, uint8_t *qweight, float *absmax);
+    /* w[i] = codebook[code i] * absmax[i / blocksize], rounded to fp32 and then to dtype (a float
+     * dtype); count >= 1, any. */
     void (*dequantize)(const uint8_t *qweight, const float *absmax, const float *codebook,
-                       int64_t count, int64_t blocksize, float *w);
+                       int64_t count, int64_t blocksize, bnbq_dtype dtype, void *w);
     /* Weights and activations as they are in fp32: serves every compute dtype. */
     bnbq_q4_linear linear;
     /* For x of bf16 values, with either the codebook or each weight rounded to bf16 once. In

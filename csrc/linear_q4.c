@@ -41,7 +41,7 @@ static void decode_span(const bnbq_weight4 *w, int64_t start, int64_t count, flo
             part = 1;
         } else {
             kernels->dequantize(w->qweight + at / 2, &absmax, w->format->codebook, part,
-                                w->blocksize, out + i);
+                                w->blocksize, BNBQ_F32, out + i);
         }
         i += part;
     }

@@ -1,7 +1,8 @@
 /* quantize.c - op fronts: quantise and dequantise weights, and scales a second time.
  *
- * Work goes over the flattened weight in chunks of whole blocks, one task each, and within a task
- * in pieces that stay in the first-level cache: convert a piece to f32, check it, quantise it.
+ * Work goes over the flattened weight in chunks of whole blocks, one task each. The 4-bit kernels
+ * read and write any float dtype; what is strided, and int8, goes through f32 in pieces that stay
+ * in the first-level cache. NaN and Inf are looked for in the scales that come out.
  */
 #include "fronts.h"
 #include "kernels.h"
@@ -15,7 +16,7 @@
 #endif
 
 enum {
-    PIECE = 8192,         /* elements, 32 KB of f32; a multiple of every 4-bit block size */
+    PIECE = 4096,         /* elements, 16 KB of f32; a multiple of every 4-bit block size */
     CHUNK = 65536,        /* elements per task, or this many whole rows of a transposed weight */
     TRANSPOSED_ROWS = 32, /* one or two cache lines of a column */
 };
@@ -29,6 +30,10 @@ static int64_t first_not_finite(const float *w, int64_t count) {
         if (!(fabsf(w[i]) < INFINITY))
             return i;
     return -1;
+}
+
+static bool is_contiguous(const bnbq_view *view) {
+    return view->rows == 1 && view->col_stride == 1;
 }
 
 /* *bad = the lesser of *bad and index, and the same with -1 for none. */
@@ -66,15 +71,21 @@ static bool quantize4_task(void *context, int64_t task) {
         return false;
     int64_t end = bnbq_min(op->count, (task + 1) * op->chunk);
     for (int64_t start = task * op->chunk; start < end; start += op->piece) {
-        int64_t count = bnbq_min(op->piece, end - start);
-        const float *w = bnbq_load_flat(&op->w, start, count, scratch);
-        int64_t bad = first_not_finite(w, count);
+        int64_t count = bnbq_min(op->piece, end - start), block = start / op->blocksize;
+        bool direct = is_contiguous(&op->w);
+        bnbq_dtype dtype = direct ? op->w.dtype : BNBQ_F32;
+        const void *w = direct ? op->w.data + start * (int64_t)bnbq_dtype_size(dtype)
+                               : (const char *)bnbq_load_flat(&op->w, start, count, scratch);
+        bnbq_q4()->quantize(w, dtype, count, op->format, op->blocksize, op->qweight + start / 2,
+                            op->absmax + block);
+        int64_t bad = first_not_finite(op->absmax + block, bnbq_ceil_div(count, op->blocksize));
         if (bad >= 0) {
-            lower(&op->bad, start + bad);
+            start += bad * op->blocksize;
+            count = bnbq_min(op->blocksize, end - start);
+            const float *values = bnbq_load_flat(&op->w, start, count, scratch);
+            lower(&op->bad, start + first_not_finite(values, count));
             break;
         }
-        bnbq_q4()->quantize(w, count, op->format, op->blocksize, op->qweight + start / 2,
-                            op->absmax + start / op->blocksize);
     }
     return true;
 }
@@ -90,7 +101,9 @@ bnbq_status bnbq_quantize_4bit(const bnbq_tensor *w, const struct bnbq_format *f
                     .piece = PIECE,
                     .bad = -1};
     op.count = op.w.rows * op.w.cols;
-    if (bnbq_is_transposed(&op.w))
+    if (is_contiguous(&op.w))
+        op.piece = CHUNK;
+    else if (bnbq_is_transposed(&op.w))
         op.chunk = op.piece = bnbq_ceil_div(op.w.cols * TRANSPOSED_ROWS, PIECE) * PIECE;
     bool done = bnbq_parallel_for(quantize4_task, &op, bnbq_ceil_div(op.count, op.chunk));
     return finish(done, op.bad, bad);
@@ -117,9 +130,14 @@ static bool dequantize4_task(void *context, int64_t task) {
             absmax = w->absmax.absmax + block;
         else
             bnbq_load_absmax(&w->absmax, block, bnbq_ceil_div(count, w->blocksize), decoded);
+        bool direct = is_contiguous(&op->out);
+        bnbq_dtype dtype = direct ? op->out.dtype : BNBQ_F32;
+        void *out =
+            direct ? op->out.data + start * (int64_t)bnbq_dtype_size(dtype) : (void *)scratch;
         bnbq_q4()->dequantize(w->qweight + start / 2, absmax, w->format->codebook, count,
-                              w->blocksize, scratch);
-        bnbq_store_flat(&op->out, start, count, scratch);
+                              w->blocksize, dtype, out);
+        if (!direct)
+            bnbq_store_flat(&op->out, start, count, scratch);
     }
     return true;
 }
@@ -247,15 +265,16 @@ static bool quantize8_task(void *context, int64_t task) {
         const float *w = scratch + (row - begin) * k;
         if (together == 1)
             w = bnbq_load(&op->w, row, 0, k, scratch);
-        int64_t bad = first_not_finite(w, k);
-        if (bad >= 0) {
-            lower(&op->bad, row * k + bad);
-            break;
-        }
+        int64_t outliers = 0; /* NaN and Inf */
         for (int64_t b = 0; b < op->blocks; b++) {
-            int64_t start = b * op->blocksize;
-            bnbq_s8()->quantize(w + start, bnbq_min(op->blocksize, k - start), INFINITY,
-                                op->qweight + row * k + start, &op->absmax[row * op->blocks + b]);
+            int64_t start = b * op->blocksize, count = bnbq_min(op->blocksize, k - start);
+            outliers +=
+                bnbq_s8()->quantize(w + start, count, INFINITY, op->qweight + row * k + start,
+                                    &op->absmax[row * op->blocks + b]);
+        }
+        if (outliers > 0) {
+            lower(&op->bad, row * k + first_not_finite(w, k));
+            break;
         }
     }
     return true;

@@ -147,7 +147,7 @@ static void same(const char *what, const void *a, const void *b, size_t bytes) {
 /* ------------------------------------------------------------------ q4: codes */
 
 /* Kinds of weights that sit on the edges of the encoding. */
-enum { KINDS = 7 };
+enum { KINDS = 8 };
 
 static void fill_weights(float *w, int64_t count, int64_t blocksize, int kind,
                          const bnbq_format *format) {
@@ -175,6 +175,13 @@ static void fill_weights(float *w, int64_t count, int64_t blocksize, int kind,
             w[i] = i % blocksize == 0 || !(fabsf(w[i]) < level) ? -level : w[i];
             break;
         }
+        case 6: /* what no block may hold, in some of them */
+            w[i] = normal();
+            if (i / blocksize % 3 == 1 && i % 7 == 5) {
+                static const float odd[] = {NAN, INFINITY, -INFINITY};
+                w[i] = odd[i / 7 % 3];
+            }
+            break;
         default: { /* absmax around the least divisor */
             static const float levels[] = {1e-38f, 1.1e-38f, 0.9e-38f, 1e-45f, FLT_MIN, FLT_MAX};
             float level = levels[i / blocksize % 6];
@@ -182,6 +189,20 @@ static void fill_weights(float *w, int64_t count, int64_t blocksize, int kind,
         }
         }
     }
+}
+
+static const char *const float_names[] = {"f32", "bf16", "f16"};
+
+/* count values in a float dtype, at the end of buffer i. */
+static void *narrowed(int i, const float *w, int64_t count, bnbq_dtype dtype) {
+    void *out = guarded(i, (size_t)count * bnbq_dtype_size(dtype), bnbq_dtype_size(dtype));
+    for (int64_t j = 0; j < count; j++)
+        switch (dtype) {
+        case BNBQ_BF16: ((uint16_t *)out)[j] = bnbq_f32_to_bf16(w[j]); break;
+        case BNBQ_F16: ((uint16_t *)out)[j] = bnbq_f32_to_f16(w[j]); break;
+        default: ((float *)out)[j] = w[j];
+        }
+    return out;
 }
 
 static void check_q4_codes(void) {
@@ -197,26 +218,33 @@ static void check_q4_codes(void) {
                         2 * bs, 3 * bs + 31, 5 * bs + 33, bs / 2, 1 + random_below(7 * bs)};
                     const int64_t count = counts[c], codes = (count + 1) / 2;
                     const int64_t scales = (count + bs - 1) / bs;
-                    CASE("q4 quantize %s count %" PRId64 " blocksize %" PRId64 " kind %d",
-                         format->name, count, bs, kind);
-                    float *w = FLOATS(IN, count);
-                    fill_weights(w, count, bs, kind, format);
+                    const bnbq_dtype dtype = (bnbq_dtype)((b + kind + c) % 3);
+                    CASE("q4 quantize %s %s count %" PRId64 " blocksize %" PRId64 " kind %d",
+                         format->name, float_names[dtype], count, bs, kind);
+                    float *floats = FLOATS(IN, count);
+                    fill_weights(floats, count, bs, kind, format);
+                    const void *w = narrowed(IN2, floats, count, dtype);
                     uint8_t *got = BYTES(OUT, codes), *want = BYTES(WANT, codes);
                     float *absmax = FLOATS(OUT2, scales), *want_absmax = FLOATS(WANT2, scales);
-                    q4_scalar->quantize(w, count, format, bs, want, want_absmax);
-                    q4->quantize(w, count, format, bs, got, absmax);
+                    q4_scalar->quantize(w, dtype, count, format, bs, want, want_absmax);
+                    q4->quantize(w, dtype, count, format, bs, got, absmax);
                     same("absmax", absmax, want_absmax, (size_t)scales * 4);
+                    for (int64_t i = 0; i < codes; i++)
+                        if (!isfinite(absmax[2 * i / bs])) /* any code will do */
+                            got[i] = want[i];
                     same("qweight", got, want, (size_t)codes);
                     check_canaries();
 
-                    CASE("q4 dequantize %s count %" PRId64 " blocksize %" PRId64, format->name,
-                         count, bs);
+                    CASE("q4 dequantize %s %s count %" PRId64 " blocksize %" PRId64, format->name,
+                         float_names[dtype], count, bs);
                     for (int64_t i = 0; i < codes; i++)
                         got[i] = (uint8_t)random_bits();
-                    float *out = FLOATS(WANT, count), *want_out = FLOATS(WANT2, count);
-                    q4_scalar->dequantize(got, absmax, format->codebook, count, bs, want_out);
-                    q4->dequantize(got, absmax, format->codebook, count, bs, out);
-                    same("w", out, want_out, (size_t)count * 4);
+                    const size_t size = bnbq_dtype_size(dtype), bytes = (size_t)count * size;
+                    void *out = guarded(WANT, bytes, size), *want_out = guarded(IN, bytes, size);
+                    const float *codebook = format->codebook;
+                    q4_scalar->dequantize(got, absmax, codebook, count, bs, dtype, want_out);
+                    q4->dequantize(got, absmax, codebook, count, bs, dtype, out);
+                    same("w", out, want_out, bytes);
                     check_canaries();
                 }
 }
@@ -270,7 +298,7 @@ static void check_q4_linear(const char *name, const bnbq_q4_linear *l, bool bf16
     float codebook[16];
     for (int i = 0; i < 16; i++)
         codebook[i] = bf16 && !tiles ? to_bf16(w.codebook[i]) : w.codebook[i];
-    q4_scalar->dequantize(w.qweight, w.absmax, codebook, rows * k, blocksize, dense);
+    q4_scalar->dequantize(w.qweight, w.absmax, codebook, rows * k, blocksize, BNBQ_F32, dense);
     for (int64_t i = 0; bf16 && tiles && i < rows * k; i++)
         dense[i] = to_bf16(dense[i]);
     for (int64_t i = 0; i < m * k; i++) {
@@ -363,7 +391,7 @@ static void check_q4_backward(int64_t m, int64_t n, int64_t k, int64_t blocksize
     random_rows(&w, n, k, blocksize);
     const int64_t ldg = n + random_below(3), ldgx = cols + random_below(3) * 7;
     float *dense = FLOATS(WANT, n * k), *gy = gradient((m - 1) * ldg + n);
-    q4_scalar->dequantize(w.qweight, w.absmax, w.codebook, n * k, blocksize, dense);
+    q4_scalar->dequantize(w.qweight, w.absmax, w.codebook, n * k, blocksize, BNBQ_F32, dense);
     float *gx = guarded(OUT, (size_t)((m - 1) * ldgx + cols) * 4, 64);
     q4->backward(gy, ldg, m, &w, n, k0, cols, gx, ldgx, backward_scratch());
     check_gradient(gx, ldgx, m, cols, gy, ldg, n, dense + k0, k);

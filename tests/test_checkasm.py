@@ -25,7 +25,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 VNNI = [*AVX512, "-mavx512vnni"]
 BF16 = [*VNNI, "-mavx512bf16"]
 AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-SCALAR = {"q4_scalar": [], "s8_scalar": []}
+SCALAR = {"edge_scalar": [], "q4_scalar": [], "s8_scalar": []}
 BORROWED = {"q4_avx512": AVX512, "s8_avx512vnni": VNNI}  # by the AMX tables
 
 pytestmark = pytest.mark.skipif(not KERNELS.is_dir(), reason="no sources here (an installed package)")

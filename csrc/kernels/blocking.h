@@ -21,6 +21,10 @@
 
 #define BNBQ_INLINE static inline __attribute__((always_inline))
 
+static inline int log2_of(int64_t blocksize) {
+    return __builtin_ctzll((unsigned long long)blocksize);
+}
+
 enum {
     PIECE_BYTES = 2048,
     W_GROUP = 4,  /* rows of W in L1, and per call of the inner kernel */

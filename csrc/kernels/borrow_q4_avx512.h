@@ -7,15 +7,16 @@
 
 #include "../kernels.h"
 
-static void borrowed_quantize_q4(const float *w, int64_t count, const bnbq_format *format,
-                                 int64_t blocksize, uint8_t *qweight, float *absmax) {
-    bnbq_q4_avx512.quantize(w, count, format, blocksize, qweight, absmax);
+static void borrowed_quantize_q4(const void *w, bnbq_dtype dtype, int64_t count,
+                                 const bnbq_format *format, int64_t blocksize, uint8_t *qweight,
+                                 float *absmax) {
+    bnbq_q4_avx512.quantize(w, dtype, count, format, blocksize, qweight, absmax);
 }
 
 static void borrowed_dequantize_q4(const uint8_t *qweight, const float *absmax,
                                    const float *codebook, int64_t count, int64_t blocksize,
-                                   float *w) {
-    bnbq_q4_avx512.dequantize(qweight, absmax, codebook, count, blocksize, w);
+                                   bnbq_dtype dtype, void *w) {
+    bnbq_q4_avx512.dequantize(qweight, absmax, codebook, count, blocksize, dtype, w);
 }
 
 static size_t borrowed_packed_bytes_q4(int64_t m, int64_t k) {

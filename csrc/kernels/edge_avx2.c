@@ -6,6 +6,7 @@
  * Source: Intel SDM volume 2, VCVTPH2PS and VCVTPS2PH (NaN becomes quiet and keeps its payload).
  */
 #include "../kernels.h"
+#include "narrow_avx2.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -36,18 +37,6 @@ static void widen_edge_avx2(const void *src, bnbq_dtype dtype, int64_t count, fl
         bnbq_edge_scalar.widen(halves + i, dtype, count - i, dst + i);
 }
 
-/* In the low half of each lane. */
-static inline __m256i bf16_of(__m256 x) {
-    __m256i bits = _mm256_castps_si256(x);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    __m256i rounded = _mm256_add_epi32(bits, up);
-    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-    rounded = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan));
-    return _mm256_srli_epi32(rounded, 16);
-}
-
 static void narrow_edge_avx2(const float *src, int64_t count, bnbq_dtype dtype, void *dst) {
     uint16_t *halves = dst;
     int64_t i = 0;
@@ -61,7 +50,7 @@ static void narrow_edge_avx2(const float *src, int64_t count, bnbq_dtype dtype, 
         }
     } else if (dtype == BNBQ_F16) {
         for (; i + 8 <= count; i += 8) {
-            __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT);
+            __m128i h = narrow8(_mm256_loadu_ps(src + i), BNBQ_F16);
             _mm_storeu_si128((__m128i *)(halves + i), h);
         }
     } else {

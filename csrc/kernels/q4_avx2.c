@@ -13,13 +13,13 @@
  * halves and the fourth, the sign bit by then, blends. In the forward pass it was slower (Zen 4:
  * m = 1 1.37 ms against 1.17), and tables of earlier Zen cores list vpermps as slower still.
  *
- * Source: encoding is a binary search (Knuth 6.2.1) whose loads are blends and permutes.
  * History, 4096 x 4096 nf4, one thread of a busy Zen 4 at 3.65 GHz, weights from DRAM: m = 1
  * 1.2 ms, 4 2.1, 16 6.6, 64 22, 256 87 (the FMA units allow 73).
  */
 #include "../kernels.h"
 #include "backward_avx2.h"
 #include "blocking.h"
+#include "codes_avx2.h"
 
 #include <assert.h>
 
@@ -30,152 +30,8 @@
 enum {
     GROUP = 64,                          /* columns decoded together */
     CHUNK = PIECE_BYTES / sizeof(float), /* columns per partial sum */
-    BATCH = 4096,                        /* columns quantised together: the largest block */
     GEMV_ROWS = 4,                       /* rows of x that decode W directly, at most */
 };
-
-static inline int log2_of(int64_t blocksize) {
-    return __builtin_ctzll((unsigned long long)blocksize);
-}
-
-/* ---------------------------------------------------------------- quantise, dequantise */
-
-static const float tiny = 1e-38f; /* least divisor: the reciprocal stays finite */
-
-typedef struct search {
-    __m256 step8, low4, high4; /* thresholds[7]; [3]; [11] */
-    __m256 step2, step1;       /* thresholds[1, 5, 9, 13] twice; [0, 2, .. 14] */
-} search;
-
-static search make_search(const float *t) {
-    return (search){
-        .step8 = _mm256_set1_ps(t[7]),
-        .low4 = _mm256_set1_ps(t[3]),
-        .high4 = _mm256_set1_ps(t[11]),
-        .step2 = _mm256_setr_ps(t[1], t[5], t[9], t[13], t[1], t[5], t[9], t[13]),
-        .step1 = _mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14]),
-    };
-}
-
-/* 2 * i, and 1 more where t < x. */
-static inline __m256i descend(__m256i i, __m256 t, __m256 x) {
-    __m256i below = _mm256_castps_si256(_mm256_cmp_ps(t, x, _CMP_LT_OQ));
-    return _mm256_sub_epi32(_mm256_add_epi32(i, i), below);
-}
-
-/* The number of thresholds below x. */
-static inline __m256i count8(__m256 x, const search *s) {
-    x = _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(1.0f)), _mm256_set1_ps(-1.0f));
-    __m256 above = _mm256_cmp_ps(s->step8, x, _CMP_LT_OQ);
-    __m256i i = _mm256_srli_epi32(_mm256_castps_si256(above), 31);
-    i = descend(i, _mm256_blendv_ps(s->low4, s->high4, above), x);
-    i = descend(i, _mm256_permutevar_ps(s->step2, i), x);
-    return descend(i, _mm256_permutevar8x32_ps(s->step1, i), x);
-}
-
-static inline float greatest_of(__m256 x) {
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-}
-
-/* absmax of each block, and what to multiply the block with. */
-static void scales_of(const float *w, int64_t blocks, int64_t blocksize, float *absmax,
-                      float *inverse) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    for (int64_t b = 0; b < blocks; b++, w += blocksize) {
-        __m256 max0 = _mm256_setzero_ps(), max1 = max0;
-        for (int64_t i = 0; i < blocksize; i += 16) {
-            max0 = _mm256_max_ps(max0, _mm256_andnot_ps(sign, _mm256_loadu_ps(w + i)));
-            max1 = _mm256_max_ps(max1, _mm256_andnot_ps(sign, _mm256_loadu_ps(w + i + 8)));
-        }
-        absmax[b] = greatest_of(_mm256_max_ps(max0, max1));
-        inverse[b] = 1.0f / (absmax[b] > tiny ? absmax[b] : tiny);
-    }
-}
-
-static void quantize_q4_avx2(const float *w, int64_t count, const bnbq_format *format,
-                             int64_t blocksize, uint8_t *qweight, float *absmax) {
-    assert(count >= 1 && bnbq_valid_blocksize(blocksize));
-    const search s = make_search(format->thresholds);
-    const __m128i codes = _mm_loadu_si128((const __m128i *)format->order);
-    const __m256i order = _mm256_broadcastsi128_si256(codes);
-    /* In batches that stay in L1, so that no encoding waits for its own block's absmax. */
-    float inverse[BATCH / 32];
-    const int64_t whole = count - count % blocksize;
-    const int shift = log2_of(blocksize);
-    for (int64_t start = 0; start < whole; start += BATCH) {
-        int64_t end = whole - start < BATCH ? whole : start + BATCH;
-        scales_of(w + start, (end - start) / blocksize, blocksize, absmax + start / blocksize,
-                  inverse);
-        for (int64_t i = start; i < end; i += 32) {
-            __m256 scale = _mm256_set1_ps(inverse[(i - start) >> shift]);
-            __m256i n[4];
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++)
-                n[v] = count8(_mm256_mul_ps(_mm256_loadu_ps(w + i + 8 * v), scale), &s);
-            /* To bytes, to codes, pairs of codes to bytes (high nibble first). Packing goes by
-             * 128-bit lanes: each holds four codes of every vector. */
-            __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(n[0], n[1]),
-                                                _mm256_packus_epi32(n[2], n[3]));
-            bytes = _mm256_shuffle_epi8(order, bytes);
-            __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(1 << 8 | 16));
-            pairs = _mm256_packus_epi16(pairs, pairs);
-            __m128i low = _mm256_castsi256_si128(pairs), high = _mm256_extracti128_si256(pairs, 1);
-            _mm_storeu_si128((__m128i *)(qweight + i / 2), _mm_unpacklo_epi16(low, high));
-        }
-    }
-    /* The short block at the end of a weight has its own rule (it is divided, not multiplied). */
-    if (whole < count)
-        bnbq_q4_scalar.quantize(w + whole, count - whole, format, blocksize, qweight + whole / 2,
-                                absmax + whole / blocksize);
-}
-
-typedef struct table {
-    __m256 low, high; /* values of codes 0..7 and 8..15 */
-} table;
-
-BNBQ_INLINE table scaled(const float *codebook, float absmax) {
-    __m256 scale = _mm256_set1_ps(absmax);
-    return (table){_mm256_mul_ps(_mm256_loadu_ps(codebook), scale),
-                   _mm256_mul_ps(_mm256_loadu_ps(codebook + 8), scale)};
-}
-
-/* Four packed bytes as eight values. */
-BNBQ_INLINE __m256 decode8(const uint8_t *q, table t) {
-    int32_t bytes;
-    memcpy(&bytes, q, 4);
-    /* Code i to the top of lane i: its first bit is the sign that the blend looks at. */
-    __m256i top =
-        _mm256_sllv_epi32(_mm256_set1_epi32(bytes), _mm256_setr_epi32(24, 28, 16, 20, 8, 12, 0, 4));
-    __m256i index = _mm256_srli_epi32(top, 28);
-    __m256 low = _mm256_permutevar8x32_ps(t.low, index);
-    __m256 high = _mm256_permutevar8x32_ps(t.high, index);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(top));
-}
-
-/* Any count of values. */
-BNBQ_INLINE void decode(const uint8_t *q, int64_t count, table t, float *w) {
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8)
-        _mm256_storeu_ps(w + i, decode8(q + i / 2, t));
-    if (i < count) {
-        uint8_t bytes[4] = {0};
-        float values[8];
-        memcpy(bytes, q + i / 2, (size_t)(count - i + 1) / 2);
-        _mm256_storeu_ps(values, decode8(bytes, t));
-        memcpy(w + i, values, (size_t)(count - i) * sizeof *w);
-    }
-}
-
-static void dequantize_q4_avx2(const uint8_t *qweight, const float *absmax, const float *codebook,
-                               int64_t count, int64_t blocksize, float *w) {
-    assert(count >= 1 && bnbq_valid_blocksize(blocksize));
-    for (int64_t i = 0; i < count; i += blocksize) {
-        int64_t left = count - i < blocksize ? count - i : blocksize;
-        decode(qweight + i / 2, left, scaled(codebook, *absmax++), w + i);
-    }
-}
 
 /* ---------------------------------------------------------------- forward */
 

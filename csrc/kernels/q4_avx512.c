@@ -11,7 +11,7 @@
  *
  * Sources: the word trick and the order of prefetches are from measured bare loops (4096 x 4096,
  * one thread of a Sapphire Rapids: m = 1 0.62 ms where memory allows 0.45; weights in bf16 or
- * vdpbf16ps gained nothing). Encoding is a binary search (Knuth 6.2.1) with permutes as loads.
+ * vdpbf16ps gained nothing).
  * History, 4096 x 4096 nf4, one thread of a busy Zen 4 at 3.65 GHz (one FMA of 512 bits per cycle),
  * weights from DRAM: m = 1 0.67 ms, 4 1.5, 16 5.8, 64 20, 256 83 (the FMA unit allows 73).
  * Multiplications instead of shifts (vpmulhuw) were slower there; four rows of W at a time beat
@@ -20,6 +20,7 @@
 #include "../kernels.h"
 #include "backward_avx512.h"
 #include "blocking.h"
+#include "codes_avx512.h"
 
 #include <assert.h>
 
@@ -31,129 +32,8 @@
 enum {
     GROUP = 64,                          /* columns decoded together */
     CHUNK = PIECE_BYTES / sizeof(float), /* columns per partial sum */
-    BATCH = 4096,                        /* columns quantised together: the largest block */
     GEMV_ROWS = 4,                       /* rows of x that decode W directly, at most */
 };
-
-static inline int log2_of(int64_t blocksize) {
-    return __builtin_ctzll((unsigned long long)blocksize);
-}
-
-/* ---------------------------------------------------------------- quantise, dequantise */
-
-static const float tiny = 1e-38f; /* least divisor: the reciprocal stays finite */
-
-typedef struct search {
-    __m512 step4, step2, step1; /* step s: lane p is thresholds[p + s - 1] */
-    __m512 middle;              /* thresholds[7] */
-    __m512i order;
-} search;
-
-static search make_search(const bnbq_format *format) {
-    return (search){
-        .step4 = _mm512_maskz_loadu_ps(0xfff, format->thresholds + 3),
-        .step2 = _mm512_maskz_loadu_ps(0x3fff, format->thresholds + 1),
-        .step1 = _mm512_maskz_loadu_ps(0x7fff, format->thresholds),
-        .middle = _mm512_set1_ps(format->thresholds[7]),
-        .order = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)format->order)),
-    };
-}
-
-/* order[number of thresholds below x] */
-static inline __m512i encode16(__m512 x, const search *s) {
-    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(1.0f)), _mm512_set1_ps(-1.0f));
-    __mmask16 above = _mm512_cmp_ps_mask(s->middle, x, _CMP_LT_OQ);
-    __m512i below = _mm512_maskz_mov_epi32(above, _mm512_set1_epi32(8));
-    above = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(below, s->step4), x, _CMP_LT_OQ);
-    below = _mm512_mask_or_epi32(below, above, below, _mm512_set1_epi32(4));
-    above = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(below, s->step2), x, _CMP_LT_OQ);
-    below = _mm512_mask_or_epi32(below, above, below, _mm512_set1_epi32(2));
-    above = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(below, s->step1), x, _CMP_LT_OQ);
-    below = _mm512_mask_or_epi32(below, above, below, _mm512_set1_epi32(1));
-    return _mm512_permutexvar_epi32(below, s->order);
-}
-
-/* absmax of each block, and what to multiply the block with. */
-static void scales_of(const float *w, int64_t blocks, int64_t blocksize, float *absmax,
-                      float *inverse) {
-    for (int64_t b = 0; b < blocks; b++, w += blocksize) {
-        __m512 max0 = _mm512_setzero_ps(), max1 = max0;
-        for (int64_t i = 0; i < blocksize; i += 32) {
-            max0 = _mm512_max_ps(max0, _mm512_abs_ps(_mm512_loadu_ps(w + i)));
-            max1 = _mm512_max_ps(max1, _mm512_abs_ps(_mm512_loadu_ps(w + i + 16)));
-        }
-        absmax[b] = _mm512_reduce_max_ps(_mm512_max_ps(max0, max1));
-        inverse[b] = 1.0f / (absmax[b] > tiny ? absmax[b] : tiny);
-    }
-}
-
-static void quantize_q4_avx512(const float *w, int64_t count, const bnbq_format *format,
-                               int64_t blocksize, uint8_t *qweight, float *absmax) {
-    assert(count >= 1 && bnbq_valid_blocksize(blocksize));
-    const search s = make_search(format);
-    const __m128i byte_order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    /* In batches that stay in L1, so that no encoding waits for its own block's absmax. */
-    float inverse[BATCH / 32];
-    const int64_t whole = count - count % blocksize;
-    const int shift = log2_of(blocksize);
-    for (int64_t start = 0; start < whole; start += BATCH) {
-        int64_t end = whole - start < BATCH ? whole : start + BATCH;
-        scales_of(w + start, (end - start) / blocksize, blocksize, absmax + start / blocksize,
-                  inverse);
-        for (int64_t i = start; i < end; i += 32) {
-            __m512 scale = _mm512_set1_ps(inverse[(i - start) >> shift]);
-            __m512i a = encode16(_mm512_mul_ps(_mm512_loadu_ps(w + i), scale), &s);
-            __m512i b = encode16(_mm512_mul_ps(_mm512_loadu_ps(w + i + 16), scale), &s);
-            /* Pairs to bytes, high nibble first; packing went by 128-bit lanes. */
-            __m512i pairs =
-                _mm512_madd_epi16(_mm512_packus_epi32(a, b), _mm512_set1_epi32(1 << 16 | 16));
-            __m128i bytes = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(pairs), byte_order);
-            _mm_storeu_si128((__m128i *)(qweight + i / 2), bytes);
-        }
-    }
-    /* The short block at the end of a weight has its own rule (it is divided, not multiplied). */
-    if (whole < count)
-        bnbq_q4_scalar.quantize(w + whole, count - whole, format, blocksize, qweight + whole / 2,
-                                absmax + whole / blocksize);
-}
-
-/* 16 packed bytes as 32 values in their natural order: each half of a register gets four bytes and
- * shifts its own code down. */
-BNBQ_INLINE void decode32(const uint8_t *q, __m512 table, float *w) {
-    const __m512i shifts =
-        _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
-    for (int h = 0; h < 2; h++) {
-        int32_t low, high;
-        memcpy(&low, q + 8 * h, 4);
-        memcpy(&high, q + 8 * h + 4, 4);
-        __m512i codes = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
-        __m512 values = _mm512_permutexvar_ps(_mm512_srlv_epi32(codes, shifts), table);
-        _mm512_storeu_ps(w + 16 * h, values);
-    }
-}
-
-/* The same for fewer than 32 values. */
-static void decode_short(const uint8_t *q, int64_t count, __m512 table, float *w) {
-    uint8_t bytes[16] = {0};
-    float values[32];
-    memcpy(bytes, q, (size_t)(count + 1) / 2);
-    decode32(bytes, table, values);
-    memcpy(w, values, (size_t)count * sizeof *w);
-}
-
-static void dequantize_q4_avx512(const uint8_t *qweight, const float *absmax, const float *codebook,
-                                 int64_t count, int64_t blocksize, float *w) {
-    assert(count >= 1 && bnbq_valid_blocksize(blocksize));
-    __m512 values = _mm512_loadu_ps(codebook);
-    for (int64_t start = 0; start < count; start += blocksize) {
-        int64_t end = start + blocksize < count ? start + blocksize : count, i = start;
-        __m512 table = _mm512_mul_ps(values, _mm512_set1_ps(*absmax++));
-        for (; i + 32 <= end; i += 32)
-            decode32(qweight + i / 2, table, w + i);
-        if (i < end)
-            decode_short(qweight + i / 2, end - i, table, w + i);
-    }
-}
 
 /* ---------------------------------------------------------------- forward */
 

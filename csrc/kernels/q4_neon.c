@@ -13,11 +13,11 @@
  * Sources: Arm ARM (DDI 0487), chapter C7: TBL, ZIP, LD4, FMLA, SLI. History: written after the
  * AVX kernels; checked bit by bit under qemu, its speed has not been measured on a processor.
  */
+#include "../float16.h"
 #include "../kernels.h"
 #include "neon_backward.h"
 
 #include <assert.h>
-#include <math.h>
 
 #if !defined(__aarch64__) || !defined(__ARM_NEON)
 #error "q4_neon.c is for AArch64"
@@ -69,27 +69,73 @@ static inline void decode_group(const uint8_t *q, uint8x16x4_t planes, float abs
         vst1q_f32(w + 4 * v, out[v]);
 }
 
-static void dequantize_q4_neon(const uint8_t *qweight, const float *absmax, const float *codebook,
-                               int64_t count, int64_t blocksize, float *w) {
+static uint8_t code_at(const uint8_t *qweight, int64_t i) {
+    return i % 2 == 0 ? qweight[i / 2] >> 4 : qweight[i / 2] & 15;
+}
+
+static void dequantize_f32(const uint8_t *qweight, const float *absmax, const float *codebook,
+                           int64_t count, int64_t blocksize, float *w) {
     const uint8x16x4_t planes = planes_of(codebook);
     int64_t i = 0;
     for (; i + GROUP <= count; i += GROUP)
         decode_group(qweight + i / 2, planes, absmax[i / blocksize], true, w + i);
-    for (; i < count; i++) {
-        const uint8_t code = i % 2 == 0 ? qweight[i / 2] >> 4 : qweight[i / 2] & 15;
-        w[i] = codebook[code] * absmax[i / blocksize];
+    for (; i < count; i++)
+        w[i] = codebook[code_at(qweight, i)] * absmax[i / blocksize];
+}
+
+/* Each value is one of sixteen in a block: these are rounded, and then looked up. */
+static void dequantize_halves(const uint8_t *qweight, const float *absmax, const float *codebook,
+                              int64_t count, int64_t blocksize, bnbq_dtype dtype, uint16_t *w) {
+    for (int64_t start = 0; start < count; start += blocksize) {
+        const int64_t end = start + blocksize < count ? start + blocksize : count;
+        float values[16];
+        uint16_t halves[16];
+        for (int code = 0; code < 16; code++)
+            values[code] = codebook[code] * absmax[start / blocksize];
+        bnbq_edge_scalar.narrow(values, 16, dtype, halves);
+        const uint8x16x2_t planes = vld2q_u8((const uint8_t *)halves);
+        int64_t i = start;
+        for (; i + GROUP <= end; i += GROUP) {
+            const uint8x16_t bytes = vld1q_u8(qweight + i / 2);
+            const uint8x16_t even = vshrq_n_u8(bytes, 4), odd = vandq_u8(bytes, vdupq_n_u8(15));
+            const uint8x16_t codes[2] = {vzip1q_u8(even, odd), vzip2q_u8(even, odd)};
+            for (int h = 0; h < 2; h++) {
+                const uint8x16x2_t found = {
+                    {vqtbl1q_u8(planes.val[0], codes[h]), vqtbl1q_u8(planes.val[1], codes[h])}};
+                vst2q_u8((uint8_t *)(w + i + 16 * h), found);
+            }
+        }
+        for (; i < end; i++)
+            w[i] = halves[code_at(qweight, i)];
     }
+}
+
+static void dequantize_q4_neon(const uint8_t *qweight, const float *absmax, const float *codebook,
+                               int64_t count, int64_t blocksize, bnbq_dtype dtype, void *w) {
+    if (dtype == BNBQ_F32)
+        dequantize_f32(qweight, absmax, codebook, count, blocksize, w);
+    else
+        dequantize_halves(qweight, absmax, codebook, count, blocksize, dtype, w);
 }
 
 /* ------------------------------------------------------------------ encoding */
 
-/* Codes of 16 weights times scale. */
-static inline uint8x16_t encode(const float *w, float32x4_t scale, const float32x4_t *thresholds,
-                                uint8x16_t order) {
+/* Four values as fp32; `dtype` is a constant of the caller. */
+static inline float32x4_t load4(const void *w, const bnbq_dtype dtype, int64_t i) {
+    if (dtype == BNBQ_F32)
+        return vld1q_f32((const float *)w + i);
+    const uint16x4_t halves = vld1_u16((const uint16_t *)w + i);
+    if (dtype == BNBQ_F16)
+        return vcvt_f32_f16(vreinterpret_f16_u16(halves));
+    return vreinterpretq_f32_u32(vshll_n_u16(halves, 16));
+}
+
+/* Codes of 16 weights from element i, times scale: at most 1, or an ulp more. */
+static inline uint8x16_t encode(const void *w, const bnbq_dtype dtype, int64_t i, float32x4_t scale,
+                                const float32x4_t *thresholds, uint8x16_t order) {
     uint32x4_t below[4];
     for (int v = 0; v < 4; v++) {
-        float32x4_t x = vmulq_f32(vld1q_f32(w + 4 * v), scale);
-        x = vminq_f32(vmaxq_f32(x, vdupq_n_f32(-1.0f)), vdupq_n_f32(1.0f));
+        const float32x4_t x = vmulq_f32(load4(w, dtype, i + 4 * v), scale);
         below[v] = vdupq_n_u32(0);
         for (int t = 0; t < 15; t++) /* true is -1 */
             below[v] = vsubq_u32(below[v], vcgtq_f32(x, thresholds[t]));
@@ -101,54 +147,56 @@ static inline uint8x16_t encode(const float *w, float32x4_t scale, const float32
     return vqtbl1q_u8(order, vuzp1q_u8(vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high)));
 }
 
-static uint8_t encode_one(float x, const bnbq_format *format) {
-    int below = 0;
-    x = x < -1.0f ? -1.0f : x > 1.0f ? 1.0f : x;
-    for (int t = 0; t < 15; t++)
-        below += format->thresholds[t] < x;
-    return format->order[below];
+/* As an integer, of which NaN and Inf are the greatest. */
+static inline float absmax_of(const void *w, const bnbq_dtype dtype, int64_t start,
+                              int64_t blocksize) {
+    const uint32x4_t magnitude = vdupq_n_u32(0x7fffffff);
+    uint32x4_t greatest[4] = {vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0)};
+    for (int64_t i = start; i < start + blocksize; i += 16)
+        for (int v = 0; v < 4; v++) {
+            const uint32x4_t bits = vreinterpretq_u32_f32(load4(w, dtype, i + 4 * v));
+            greatest[v] = vmaxq_u32(greatest[v], vandq_u32(bits, magnitude));
+        }
+    return bnbq_float(vmaxvq_u32(
+        vmaxq_u32(vmaxq_u32(greatest[0], greatest[1]), vmaxq_u32(greatest[2], greatest[3]))));
 }
 
-/* The short block at the end is divided by its absmax, and an odd count padded with a 0. */
-static void quantize_short(const float *w, int64_t count, const bnbq_format *format,
-                           uint8_t *qweight, float *absmax) {
-    float greatest = tiny;
-    for (int64_t i = 0; i < count; i++)
-        greatest = fabsf(w[i]) > greatest ? fabsf(w[i]) : greatest;
-    for (int64_t i = 0; i < count; i += 2) {
-        const float next = i + 1 < count ? w[i + 1] / greatest : 0.0f;
-        qweight[i / 2] =
-            (uint8_t)(encode_one(w[i] / greatest, format) << 4 | encode_one(next, format));
-    }
-    *absmax = greatest;
-}
-
-static void quantize_q4_neon(const float *w, int64_t count, const bnbq_format *format,
-                             int64_t blocksize, uint8_t *qweight, float *absmax) {
-    assert(count >= 1 && blocksize % GROUP == 0);
+/* Whole blocks. */
+static inline void quantize_blocks(const void *w, const bnbq_dtype dtype, int64_t count,
+                                   const bnbq_format *format, int64_t blocksize, uint8_t *qweight,
+                                   float *absmax) {
     const uint8x16_t order = vld1q_u8(format->order);
     float32x4_t thresholds[15];
     for (int t = 0; t < 15; t++)
         thresholds[t] = vdupq_n_f32(format->thresholds[t]);
-    int64_t i = 0;
-    for (; i + blocksize <= count; i += blocksize) {
-        float32x4_t greatest[4] = {vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)};
-        for (int64_t j = i; j < i + blocksize; j += 16)
-            for (int v = 0; v < 4; v++)
-                greatest[v] = vmaxq_f32(greatest[v], vabsq_f32(vld1q_f32(w + j + 4 * v)));
-        const float most = vmaxvq_f32(
-            vmaxq_f32(vmaxq_f32(greatest[0], greatest[1]), vmaxq_f32(greatest[2], greatest[3])));
+    for (int64_t i = 0; i < count; i += blocksize) {
+        const float most = absmax_of(w, dtype, i, blocksize);
         const float32x4_t inverse = vdupq_n_f32(1.0f / (most > tiny ? most : tiny));
         absmax[i / blocksize] = most;
         for (int64_t j = i; j < i + blocksize; j += GROUP) {
-            const uint8x16_t first = encode(w + j, inverse, thresholds, order);
-            const uint8x16_t second = encode(w + j + 16, inverse, thresholds, order);
+            const uint8x16_t first = encode(w, dtype, j, inverse, thresholds, order);
+            const uint8x16_t second = encode(w, dtype, j + 16, inverse, thresholds, order);
             const uint8x16_t even = vuzp1q_u8(first, second), odd = vuzp2q_u8(first, second);
             vst1q_u8(qweight + j / 2, vsliq_n_u8(odd, even, 4)); /* even << 4 | odd */
         }
     }
-    if (i < count)
-        quantize_short(w + i, count - i, format, qweight + i / 2, absmax + i / blocksize);
+}
+
+static void quantize_q4_neon(const void *w, bnbq_dtype dtype, int64_t count,
+                             const bnbq_format *format, int64_t blocksize, uint8_t *qweight,
+                             float *absmax) {
+    assert(count >= 1 && blocksize % GROUP == 0);
+    const int64_t whole = count - count % blocksize;
+    switch (dtype) {
+    case BNBQ_BF16: quantize_blocks(w, BNBQ_BF16, whole, format, blocksize, qweight, absmax); break;
+    case BNBQ_F16: quantize_blocks(w, BNBQ_F16, whole, format, blocksize, qweight, absmax); break;
+    default: quantize_blocks(w, BNBQ_F32, whole, format, blocksize, qweight, absmax);
+    }
+    /* The short block at the end of a weight has its own rule (it is divided, not multiplied). */
+    if (whole < count)
+        bnbq_q4_scalar.quantize((const char *)w + whole * (int64_t)bnbq_dtype_size(dtype), dtype,
+                                count - whole, format, blocksize, qweight + whole / 2,
+                                absmax + whole / blocksize);
 }
 
 /* ------------------------------------------------------------------ y = x . W^T */

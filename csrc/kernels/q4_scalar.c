@@ -1,10 +1,10 @@
 /* q4_scalar.c - the 4-bit family in plain C: short, obviously right, and what the tests compare
  * every other instruction set with. It follows reference.py line by line.
  */
+#include "../float16.h"
 #include "../kernels.h"
 
 #include <assert.h>
-#include <math.h>
 #include <string.h>
 
 #ifdef __AVX2__
@@ -36,30 +36,48 @@ static float clip(float x) {
     return x < -1.0f ? -1.0f : x > 1.0f ? 1.0f : x;
 }
 
-static void quantize_q4_scalar(const float *w, int64_t count, const bnbq_format *format,
-                               int64_t blocksize, uint8_t *qweight, float *absmax) {
+static float value_at(const void *w, bnbq_dtype dtype, int64_t i) {
+    switch (dtype) {
+    case BNBQ_BF16: return bnbq_bf16_to_f32(((const uint16_t *)w)[i]);
+    case BNBQ_F16: return bnbq_f16_to_f32(((const uint16_t *)w)[i]);
+    default: return ((const float *)w)[i];
+    }
+}
+
+static void quantize_q4_scalar(const void *w, bnbq_dtype dtype, int64_t count,
+                               const bnbq_format *format, int64_t blocksize, uint8_t *qweight,
+                               float *absmax) {
     assert(count >= 1 && bnbq_valid_blocksize(blocksize));
     for (int64_t start = 0; start < count; start += blocksize) {
         int64_t end = start + blocksize < count ? start + blocksize : count;
-        float greatest = 0.0f;
+        uint32_t bits = 0; /* ordered like the magnitudes, with Inf and NaN on top */
         for (int64_t i = start; i < end; i++)
-            if (fabsf(w[i]) > greatest)
-                greatest = fabsf(w[i]);
-        float divisor = greatest > tiny ? greatest : tiny, inverse = 1.0f / divisor;
+            if ((bnbq_bits(value_at(w, dtype, i)) & 0x7fffffff) > bits)
+                bits = bnbq_bits(value_at(w, dtype, i)) & 0x7fffffff;
+        float greatest = bnbq_float(bits), divisor = greatest < tiny ? tiny : greatest;
+        float inverse = 1.0f / divisor;
         bool whole = end - start == blocksize;
         absmax[start / blocksize] = whole ? greatest : divisor;
         /* A whole block is multiplied, the short one divided: bitsandbytes' bytes. */
-        for (int64_t i = start; i < end; i++)
-            store_code(qweight, i, encode(clip(whole ? w[i] * inverse : w[i] / divisor), format));
+        for (int64_t i = start; i < end; i++) {
+            float x = value_at(w, dtype, i);
+            store_code(qweight, i, encode(clip(whole ? x * inverse : x / divisor), format));
+        }
     }
     if (count % 2)
         store_code(qweight, count, encode(0.0f, format));
 }
 
 static void dequantize_q4_scalar(const uint8_t *qweight, const float *absmax, const float *codebook,
-                                 int64_t count, int64_t blocksize, float *w) {
-    for (int64_t i = 0; i < count; i++)
-        w[i] = codebook[code_at(qweight, i)] * absmax[i / blocksize];
+                                 int64_t count, int64_t blocksize, bnbq_dtype dtype, void *w) {
+    for (int64_t i = 0; i < count; i++) {
+        float value = codebook[code_at(qweight, i)] * absmax[i / blocksize];
+        switch (dtype) {
+        case BNBQ_BF16: ((uint16_t *)w)[i] = bnbq_f32_to_bf16(value); break;
+        case BNBQ_F16: ((uint16_t *)w)[i] = bnbq_f32_to_f16(value); break;
+        default: ((float *)w)[i] = value;
+        }
+    }
 }
 
 /* Packed form: the rows of x as they are. */
@@ -96,7 +114,7 @@ static void linear_q4_scalar(const void *packed, int64_t m, const bnbq_q4_rows *
     assert(m >= 1 && m <= BNBQ_TILE_M && rows >= 1 && rows <= BNBQ_TILE_N && w->k % 32 == 0);
     for (int64_t n = 0; n < rows; n++) {
         dequantize_q4_scalar(w->qweight + n * (w->k / 2), w->absmax + n * (w->k / w->blocksize),
-                             w->codebook, w->k, w->blocksize, row);
+                             w->codebook, w->k, w->blocksize, BNBQ_F32, row);
         for (int64_t i = 0; i < m; i++)
             y[i * ldy + n] = dot(x + i * w->k, row, w->k);
     }
