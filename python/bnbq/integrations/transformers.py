@@ -121,8 +121,7 @@ class BnbqQuantizer(HfQuantizer):
         self.rules = set(replace.select_modules(model, self.quantization_config, strict=not self.pre_quantized))
         # Of a quantised checkpoint the files decide; how their names map to the model's is known a step later.
         if not (self.pre_quantized and self.checkpoint_files):
-            for name in self.rules:
-                self.swap(model, name, self.quantization_config)
+            self.swap(model, dict.fromkeys(self.rules, self.quantization_config))
             self.warn_if_nothing(model)
         return model
 
@@ -145,8 +144,8 @@ class BnbqQuantizer(HfQuantizer):
         described = self.stored.bnb_settings(
             [name for name, layer in chosen.items() if not layer.native and layer.bits == 4]
         )
-        for name, layer in chosen.items():
-            self.swap(model, name, self.layer_config(layer, described.get(name)))
+        self.swap(model, {name: self.layer_config(layer, described.get(name)) for name, layer in chosen.items()})
+        for name in chosen:
             self.stored.check_layer(name, model.get_submodule(name))
         self.warn_if_nothing(model)
 
@@ -165,23 +164,25 @@ class BnbqQuantizer(HfQuantizer):
             compute_dtype=config.compute_dtype,
         )
 
-    def swap(self, model, name: str, config) -> None:
-        """Put an unfilled quantised layer where the float layer ``name`` is."""
+    def swap(self, model, configs: dict) -> None:
+        """Put unfilled quantised layers where the float layers of these names are."""
         from .. import replace
 
-        module = model.get_submodule(name)
-        layer = replace.make_layer(module, config, device="meta")
-        layer.source_cls = type(module)  # Conv1D stores its weight transposed, and is what dequantising restores
-        layer._is_hf_initialized = True
-        self.put(model, module, layer)
-        self.originals[name] = module
-        self.names.add(name)
+        layers = {}
+        for name, config in configs.items():
+            module = self.originals[name] = model.get_submodule(name)
+            layer = layers[module] = replace.make_layer(module, config, device="meta")
+            layer.source_cls = type(module)  # Conv1D stores its weight transposed, and is what dequantising restores
+            layer._is_hf_initialized = True
+        self.put(model, layers)
+        self.names.update(configs)
 
     @staticmethod
-    def put(model, old, new) -> None:
-        """Replace a module under every name that it has in the model."""
-        for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
-            model.set_submodule(name, new)
+    def put(model, modules: dict) -> None:
+        """Replace modules (old -> new) under every name that each has in the model."""
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if module in modules:
+                model.set_submodule(name, modules[module])
 
     def owns(self, name: str) -> bool:
         """Is ``name``, which may have the base model's prefix or lack it, one of the quantised layers?"""
@@ -227,10 +228,11 @@ class BnbqQuantizer(HfQuantizer):
             coming.update(n.rpartition(".")[0] for n in names if n.endswith((".qweight", ".weight")))
         for entry in conversions:
             entry._was_used = False
-        for name in sorted(self.names - coming):
+        new = sorted(self.names - coming)
+        for name in new:
             logger.warning(f"bnbq: {name} stays in float: the checkpoint has no weight for it")
-            self.put(model, model.get_submodule(name), self.originals.pop(name))
-            self.names.discard(name)
+        self.put(model, {model.get_submodule(name): self.originals.pop(name) for name in new})
+        self.names.difference_update(new)
 
     # ------------------------------------------------------------------ after the weights
 
@@ -334,7 +336,7 @@ class BnbqQuantizer(HfQuantizer):
                 raise ValueError(
                     f'{name} is offloaded; load the model without "cpu" or "disk" beside other devices to dequantise it'
                 )
-            self.put(model, layer, float_layer(layer, dtype, kinds[name]))
+            self.put(model, {layer: float_layer(layer, dtype, kinds[name])})
             self.names.discard(name)
         model.__dict__.pop("_upload_modified_files", None)
         if model.model_tags is not None:
