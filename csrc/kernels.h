@@ -35,11 +35,12 @@ typedef enum bnbq_isa {
 
 /* What the fronts cut the work into. */
 enum {
-    BNBQ_TILE_M = 512,       /* rows of x per call of a linear kernel, at most */
-    BNBQ_TILE_N = 64,        /* rows of W per call of a linear kernel, at most */
-    BNBQ_TILE_K = 256,       /* columns of W per call of a backward kernel, at most */
-    BNBQ_MAX_K_S8 = 1 << 17, /* k of an int8 product, at most: 2^17 * 127 * 128 < 2^31 */
-    BNBQ_BF16_FORMS = 2,     /* of a bf16 product in one table */
+    BNBQ_TILE_M = 512,         /* rows of x per call of a linear kernel, at most */
+    BNBQ_TILE_N = 64,          /* rows of W per call of a linear kernel, at most */
+    BNBQ_TILE_K = 256,         /* columns of W per call of a backward kernel, at most */
+    BNBQ_MAX_K_S8 = 1 << 17,   /* k of an int8 product, at most: 2^17 * 127 * 128 < 2^31 */
+    BNBQ_OUTLIER_COLUMNS = 64, /* columns of W per call of decode_columns, at most */
+    BNBQ_BF16_FORMS = 2,       /* of a bf16 product in one table */
 };
 
 typedef struct bnbq_edge_kernels {
@@ -134,6 +135,17 @@ typedef struct bnbq_s8_kernels {
     size_t (*scratch_bytes)(int64_t m, int64_t k);
     void (*run)(const void *packed, int64_t m, const int8_t *w, int64_t ldw, int64_t rows,
                 int64_t k, int32_t *y, int64_t ldy, void *scratch);
+    /* y[j] += f32(sums[j]) * (x_scale * w_scale[j]) for one row of y; j < rows <= BNBQ_TILE_N. */
+    void (*scale)(const int32_t *sums, int64_t rows, float x_scale, const float *w_scale, float *y);
+    /* decoded[c, j] = (w[j, columns[c]] * absmax[j]) * (1/127); c < count <= BNBQ_OUTLIER_COLUMNS,
+     * j < rows. decoded: f32[count, BNBQ_TILE_N], 64-byte aligned. */
+    void (*decode_columns)(const int8_t *w, int64_t ldw, int64_t rows, const int64_t *columns,
+                           int64_t count, const float *absmax, float *decoded);
+    /* sums[i, j] += value[i, e] * decoded[place[e] - begin, j] for e = 0, 1, ... count - 1, each
+     * product rounded; j < BNBQ_TILE_N. place NULL: begin, begin + 1, ... value has row stride ldv.
+     * sums: f32[m, BNBQ_TILE_N]. decoded, sums: 64-byte aligned. */
+    void (*add_outliers)(const float *value, int64_t ldv, int64_t m, const int64_t *place,
+                         int64_t begin, int64_t count, const float *decoded, float *sums);
     /* gx[m, cols] = gy[m, n] . w[n, cols], w: i8 with row stride ldw, sums in fp32 over n in
      * ascending order; 1 <= cols <= BNBQ_TILE_K, 1 <= m <= BNBQ_TILE_M. */
     void (*backward)(const float *gy, int64_t ldg, int64_t m, const int8_t *w, int64_t ldw,

@@ -23,11 +23,10 @@
 static const float inv127 = (float)(1.0 / 127);
 
 enum {
-    PACK_ROWS = 8,        /* rows of activations per task */
-    MIN_TILE_N = 16,      /* rows of W per tile, at least */
-    MIN_TILE_K = 256,     /* columns per backward tile: narrower strips of W visit more pages */
-    STRETCH = 64,         /* elements of a row that are searched for outliers together */
-    OUTLIER_COLUMNS = 32, /* columns of a tile of W that are decoded at a time */
+    PACK_ROWS = 8,    /* rows of activations per task */
+    MIN_TILE_N = 32,  /* rows of W per tile, at least */
+    MIN_TILE_K = 256, /* columns per backward tile: narrower strips of W visit more pages */
+    STRETCH = 64,     /* elements of a row that are searched for outliers together */
 };
 
 /* Columns that share a scale. */
@@ -216,19 +215,6 @@ static bool collect_outliers(forward *op) {
     return true;
 }
 
-/* Place of element e of row i. */
-static int64_t place_of_element(const outliers *out, int64_t i, int64_t e) {
-    return out->place ? out->place[e] : e - out->first[i];
-}
-
-/* y += f32(product) * (x scale * W scale) for the columns of one block; a product is int32, or
- * int64 where the block took several spans. */
-#define ADD_SCALED(product)                                                                        \
-    for (int64_t i = 0; i < m; i++)                                                                \
-        for (int64_t j = 0; j < rows; j++)                                                         \
-            y[i * BNBQ_TILE_N + j] +=                                                              \
-                (float)(product)[i * BNBQ_TILE_N + j] * (x_scale[i] * w_scale[j]);
-
 /* y[m, rows] = the int8 product of a part with a tile, scaled. ints: i32[m, BNBQ_TILE_N], longs:
  * the same of i64, only used for blocks of more than BNBQ_MAX_K_S8 columns. */
 static void multiply(const forward *op, int64_t part, int64_t n0, int64_t rows, float *y,
@@ -256,10 +242,13 @@ static void multiply(const forward *op, int64_t part, int64_t n0, int64_t rows, 
             packed += span_bytes(op, m, columns);
             start += columns;
         }
-        if (one_span)
-            ADD_SCALED(ints)
-        else
-            ADD_SCALED(longs)
+        for (int64_t i = 0; i < m; i++) {
+            const int64_t at = i * BNBQ_TILE_N;
+            if (one_span)
+                op->kernels->scale(ints + at, rows, x_scale[i], w_scale, y + at);
+            for (int64_t j = 0; !one_span && j < rows; j++)
+                y[at + j] += (float)longs[at + j] * (x_scale[i] * w_scale[j]);
+        }
     }
 }
 
@@ -278,26 +267,29 @@ static void add_outliers(const forward *op, int64_t part, int64_t n0, int64_t ro
     memset(sums, 0, (size_t)(m * BNBQ_TILE_N) * sizeof *sums);
     int64_t cursor[BNBQ_TILE_M];
     memcpy(cursor, first, (size_t)m * sizeof *cursor);
-    for (int64_t begin = 0; begin < out->count; begin += OUTLIER_COLUMNS) {
-        int64_t end = bnbq_min(out->count, begin + OUTLIER_COLUMNS);
-        float decoded[OUTLIER_COLUMNS][BNBQ_TILE_N];
-        for (int64_t p = begin; p < end; p++) {
-            int64_t c = out->columns[p];
-            const int8_t *q = w->qweight + n0 * w->k + c;
-            const float *absmax = w->absmax + n0 * blocks + c / block;
-            for (int64_t j = 0; j < rows; j++)
-                decoded[p - begin][j] = ((float)q[j * w->k] * absmax[j * blocks]) * inv127;
-        }
-        for (int64_t i = 0; i < m; i++) {
-            float *sum = sums + i * BNBQ_TILE_N;
-            for (; cursor[i] < first[i + 1]; cursor[i]++) {
-                int64_t place = place_of_element(out, m0 + i, cursor[i]);
-                if (place >= end)
-                    break;
-                float value = out->value[cursor[i]];
-                for (int64_t j = 0; j < rows; j++)
-                    sum[j] += value * decoded[place - begin][j];
-            }
+    float absmax[BNBQ_TILE_N];
+    _Alignas(64) float decoded[BNBQ_OUTLIER_COLUMNS * BNBQ_TILE_N] = {0};
+    for (int64_t begin = 0, end; begin < out->count; begin = end) {
+        /* columns that share scales */
+        int64_t limit = bnbq_min(out->count, begin + BNBQ_OUTLIER_COLUMNS);
+        int64_t b = out->columns[begin] / block;
+        for (end = begin + 1; end < limit && out->columns[end] < (b + 1) * block;)
+            end++;
+        for (int64_t j = 0; j < rows; j++)
+            absmax[j] = w->absmax[(n0 + j) * blocks + b];
+        op->kernels->decode_columns(w->qweight + n0 * w->k, w->k, rows, out->columns + begin,
+                                    end - begin, absmax, decoded);
+        if (!out->place)
+            op->kernels->add_outliers(out->value + first[0] + begin, out->count, m, NULL, begin,
+                                      end - begin, decoded, sums);
+        for (int64_t i = 0; out->place && i < m; i++) {
+            const int64_t *place = out->place + cursor[i];
+            int64_t count = 0;
+            while (cursor[i] + count < first[i + 1] && place[count] < end)
+                count++;
+            op->kernels->add_outliers(out->value + cursor[i], 0, 1, place, begin, count, decoded,
+                                      sums + i * BNBQ_TILE_N);
+            cursor[i] += count;
         }
     }
     for (int64_t i = 0; i < m; i++)

@@ -496,6 +496,54 @@ static void check_s8_linear(int64_t m, int64_t rows, int64_t k, int kind) {
     check_canaries();
 }
 
+/* Scales, and the outliers' float product: the same bits everywhere. */
+static void check_s8_epilogue(int64_t m, int64_t rows, int64_t count) {
+    enum { N = BNBQ_TILE_N };
+    CASE("s8 epilogue m %" PRId64 " rows %" PRId64 " count %" PRId64, m, rows, count);
+    const int64_t k = count + random_below(200), ldw = k + random_below(3), begin = 7;
+    int8_t *w = BYTES(W, (rows - 1) * ldw + k);
+    for (int64_t i = 0; i < (rows - 1) * ldw + k; i++)
+        w[i] = (int8_t)random_bits();
+    float *scales = FLOATS(SCALES, rows);
+    for (int64_t j = 0; j < rows; j++)
+        scales[j] = ldexpf(1.5f + uniform() / 2, (int)random_below(60) - 30);
+    int64_t columns[BNBQ_OUTLIER_COLUMNS], place[BNBQ_OUTLIER_COLUMNS], places = 0;
+    for (int64_t c = 0; c < count; c++) {
+        columns[c] = c * k / count;
+        if (random_below(3))
+            place[places++] = begin + c;
+    }
+    const size_t bytes = (size_t)count * N * 4, y_bytes = (size_t)m * N * 4;
+    float *decoded = guarded(OUT, bytes, 64), *want_decoded = guarded(WANT, bytes, 64);
+    s8_scalar->decode_columns(w, ldw, rows, columns, count, scales, want_decoded);
+    s8->decode_columns(w, ldw, rows, columns, count, scales, decoded);
+    same("decoded", decoded, want_decoded, bytes); /* what lies past the rows too */
+    check_canaries();
+
+    for (int64_t i = 0; i < count * N; i++)
+        decoded[i] = normal();
+    const int64_t ldv = count + random_below(5);
+    float *value = FLOATS(IN, (m - 1) * ldv + count);
+    for (int64_t i = 0; i < (m - 1) * ldv + count; i++)
+        value[i] = 40 * normal();
+    float *y = guarded(OUT2, y_bytes, 64), *want_y = guarded(WANT2, y_bytes, 64);
+    for (int64_t i = 0; i < m * N; i++)
+        y[i] = want_y[i] = normal();
+    s8_scalar->add_outliers(value, ldv, m, NULL, begin, count, decoded, want_y);
+    s8->add_outliers(value, ldv, m, NULL, begin, count, decoded, y);
+    same("sums of columns", y, want_y, y_bytes);
+    s8_scalar->add_outliers(value, 0, 1, place, begin, places, decoded, want_y);
+    s8->add_outliers(value, 0, 1, place, begin, places, decoded, y);
+    same("sums of a row", y, want_y, y_bytes);
+    int32_t *ints = guarded(IN2, (size_t)rows * 4, 4);
+    for (int64_t j = 0; j < rows; j++)
+        ints[j] = (int32_t)random_bits();
+    s8_scalar->scale(ints, rows, value[0], scales, want_y);
+    s8->scale(ints, rows, value[0], scales, y);
+    same("scaled sums", y, want_y, y_bytes); /* and nothing past the rows */
+    check_canaries();
+}
+
 static void check_s8_backward(int64_t m, int64_t n, int64_t cols) {
     CASE("s8 backward m %" PRId64 " n %" PRId64 " cols %" PRId64, m, n, cols);
     const int64_t ldg = n + random_below(3), ldw = cols + random_below(20);
@@ -516,13 +564,14 @@ static void check_s8_backward(int64_t m, int64_t n, int64_t cols) {
 }
 
 static void check_s8_products(int64_t random_cases) {
-    static const int64_t ms[] = {1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 65};
+    static const int64_t ms[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17, 31, 33, 65};
     for (int64_t t = 0; t < random_cases; t++) {
-        const int64_t m = t < 14 ? ms[t] : ms[random_below(14)];
+        const int64_t m = t < 18 ? ms[t] : ms[random_below(18)];
         const int64_t rows = t < 64 ? 1 + t : 1 + random_below(64);
         const int64_t k = t < 140 ? 1 + t : 1 + random_below(700);
         check_s8_linear(m, rows, k, t % 4 == 3 ? 1 + (int)(t / 4 % 2) : 0);
         check_s8_backward(m, 1 + random_below(150), 1 + random_below(256));
+        check_s8_epilogue(m, rows, t < 64 ? 64 - t : 1 + random_below(BNBQ_OUTLIER_COLUMNS));
     }
     check_s8_linear(BNBQ_TILE_M, 64, 67, 0);
     check_s8_linear(2, 3, BNBQ_MAX_K_S8, 2);
@@ -561,7 +610,8 @@ int main(int argc, char **argv) {
     signal(SIGBUS, crashed);
     CASE("tables");
     if (!q4->quantize || !q4->dequantize || !q4->linear.run || !q4->backward || !s8->quantize ||
-        !s8->dequantize || !s8->run || !s8->backward)
+        !s8->dequantize || !s8->run || !s8->scale || !s8->decode_columns || !s8->add_outliers ||
+        !s8->backward)
         fail("an empty slot");
     for (int i = 0; i + 1 < BNBQ_BF16_FORMS; i++)
         if (q4->bf16[i + 1].min_m > 0 && q4->bf16[i + 1].min_m <= q4->bf16[i].min_m)

@@ -13,6 +13,7 @@
  */
 #include "../kernels.h"
 #include "amx_tiles.h"
+#include "s8_epilogue.h"
 
 #include <assert.h>
 
@@ -179,5 +180,8 @@ const bnbq_s8_kernels bnbq_s8_amx = {
     .pack = pack_s8_amx,
     .scratch_bytes = scratch_bytes_s8_amx,
     .run = linear_s8_amx,
+    .scale = scale_s8,
+    .decode_columns = decode_columns_s8,
+    .add_outliers = add_outliers_s8,
     .backward = backward_s8_amx,
 };

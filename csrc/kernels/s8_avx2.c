@@ -4,16 +4,18 @@
  * two products for every int8 value. (vpmaddubsw takes 32 bytes at once but needs absolute values
  * and signs moved across, an instruction per product, and is not exact for -128.)
  *
- * Up to GEMV_ROWS rows of x read W directly. For more, a chunk of rows of W is widened to L1, with
- * zeros up to a whole vector, and multiplied as in blocking.h.
+ * Up to GEMV_ROWS rows of x read W directly, lanes along k. For more, W is widened, interleaved by
+ * pairs of columns and multiplied as in s8_blocking.h.
  *
  * Source: Intel SDM volume 2, VPMADDWD.
- * History, 4096 x 4096, one thread of a busy Zen 4 at 3.65 GHz, weights from DRAM: m = 1 0.7 ms,
- * 4 1.6, 16 4.5, 64 14, 256 55 (multiplications and additions from registers alone take 40).
+ * History, 4096 x 4096, one thread of a busy Zen 4 at 3.7 GHz, weights from DRAM: m = 1 0.85 ms,
+ * 4 1.2, 8 2.4, 16 3.8, 64 12.6, 256 49 (multiplications and additions from registers alone take
+ * 40). Lanes along k for every m: 4 2.0, 8 3.0, 16 4.6, 64 14, 256 54.
  */
 #include "../kernels.h"
 #include "backward_avx2.h"
-#include "blocking.h"
+#include "s8_blocking.h"
+#include "s8_epilogue.h"
 
 #include <assert.h>
 
@@ -22,9 +24,11 @@
 #endif
 
 enum {
-    STEP = 16,                             /* columns of one vector */
-    CHUNK = PIECE_BYTES / sizeof(int16_t), /* columns per piece */
-    GEMV_ROWS = 4,                         /* rows of x that read W directly, at most */
+    STEP = 16,     /* columns of one vector */
+    GEMV_ROWS = 4, /* rows of x that read W directly, at most */
+    AHEAD = 16384, /* bytes, then */
+    PANEL = 16,    /* rows of W in s8_blocking.h */
+    X_GROUP = 6,   /* rows of x */
 };
 
 /* ---------------------------------------------------------------- quantise, dequantise */
@@ -100,13 +104,20 @@ static void dequantize_s8_avx2(const int8_t *q, int64_t count, float absmax, flo
 
 /* ---------------------------------------------------------------- forward */
 
+/* Packed: x as 16-bit integers, whole rows for gemv, and one line longer so that they do not all
+ * meet in one set of L1; else as pieces. */
+static int64_t row_columns(int64_t k) {
+    return (k + BLOCK - 1) / BLOCK * BLOCK + 32;
+}
+
 static size_t packed_bytes_s8_avx2(int64_t m, int64_t k) {
-    return blocked_bytes(m, k, CHUNK);
+    return m <= GEMV_ROWS ? (size_t)(m * row_columns(k)) * sizeof(int16_t)
+                          : s8_pieces_bytes(m, k, sizeof(int16_t));
 }
 
 static size_t scratch_bytes_s8_avx2(int64_t m, int64_t k) {
     (void)k;
-    return blocked_scratch_bytes(m);
+    return m <= GEMV_ROWS ? 0 : PANEL_BYTES;
 }
 
 /* Sixteen columns as 16-bit integers, or the count that are left and zeros. */
@@ -114,16 +125,18 @@ BNBQ_INLINE __m256i widen16(const int8_t *q, int64_t count) {
     if (count >= STEP)
         return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)q));
     int8_t part[STEP] = {0};
-    memcpy(part, q, (size_t)count);
+    if (count > 0)
+        memcpy(part, q, (size_t)count);
     return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)part));
 }
 
 static void pack_s8_avx2(const int8_t *x, int64_t i, int64_t m, int64_t k, void *packed) {
     assert(i >= 0 && i < m && m <= BNBQ_TILE_M && k >= 1 && k <= BNBQ_MAX_K_S8);
-    int16_t *pieces = packed;
-    for (int64_t c = 0; c < k; c += STEP) {
-        int16_t *out = pieces + (c / CHUNK * m + i) * CHUNK + c % CHUNK;
-        _mm256_store_si256((__m256i *)out, widen16(x + c, k - c));
+    int16_t *rows = packed;
+    for (int64_t c = 0; c < (k + BLOCK - 1) / BLOCK * BLOCK; c += STEP) {
+        int64_t at =
+            m <= GEMV_ROWS ? i * row_columns(k) + c : (c / CHUNK * m + i) * CHUNK + c % CHUNK;
+        _mm256_store_si256((__m256i *)(rows + at), widen16(x + c, k - c));
     }
 }
 
@@ -137,122 +150,141 @@ static inline int32_t sum_of(__m256i x) {
  * every accumulator of a loop twice, once in each type, and spills half of them. */
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 
-BNBQ_INLINE u32x8 multiply_add(u32x8 sum, __m256i w, const int16_t *x) {
-    return sum + (u32x8)_mm256_madd_epi16(w, _mm256_load_si256((const __m256i *)x));
+BNBQ_INLINE u32x8 multiply_add(u32x8 sum, __m256i w, __m256i x) {
+    return sum + (u32x8)_mm256_madd_epi16(w, x);
 }
 
-/* A row of W at a time: memory is the limit. W is prefetched in the order in which it lies. */
-BNBQ_INLINE void gemv(const int xs, const int16_t *x, const int8_t *w, int64_t ldw, int64_t rows,
-                      int64_t k, int32_t *y, int64_t ldy) {
-    enum { AHEAD = 2048 };
-    for (int64_t n = 0; n < rows; n++, w += ldw) {
-        u32x8 even[GEMV_ROWS], odd[GEMV_ROWS];
+/* A few rows of W at a time: memory is the limit. The rows after them are prefetched in the order
+ * in which they lie. */
+BNBQ_INLINE void gemv_rows(const int xs, const int ws, const int16_t *x, const int8_t *w,
+                           int64_t ldw, int64_t k, int32_t *y, int64_t ldy) {
+    const int64_t ldx = row_columns(k);
+    const int8_t *next = w + AHEAD;
+    u32x8 sum[GEMV_ROWS][4];
 #pragma GCC unroll 4
-        for (int i = 0; i < xs; i++)
-            even[i] = odd[i] = (u32x8){0};
-        for (int64_t col = 0; col < k; col += CHUNK) {
-            const int16_t *piece = x + col * xs;
-            int64_t cols = k - col < CHUNK ? k - col : CHUNK, c = 0;
-            for (; c + 4 * STEP <= cols; c += 4 * STEP) {
-                _mm_prefetch((const char *)w + col + c + AHEAD, _MM_HINT_T0);
-#pragma GCC unroll 2
-                for (int v = 0; v < 4; v += 2) {
-                    __m256i w0 = widen16(w + col + c + v * STEP, STEP);
-                    __m256i w1 = widen16(w + col + c + (v + 1) * STEP, STEP);
-#pragma GCC unroll 4
-                    for (int i = 0; i < xs; i++) {
-                        const int16_t *at = piece + i * CHUNK + c + v * STEP;
-                        even[i] = multiply_add(even[i], w0, at);
-                        odd[i] = multiply_add(odd[i], w1, at + STEP);
-                    }
-                }
-            }
-            for (; c < cols; c += STEP) {
-                __m256i w0 = widen16(w + col + c, cols - c);
-#pragma GCC unroll 4
-                for (int i = 0; i < xs; i++)
-                    even[i] = multiply_add(even[i], w0, piece + i * CHUNK + c);
-            }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < xs; i++)
-            y[i * ldy + n] = sum_of((__m256i)(even[i] + odd[i]));
-    }
-}
-
-typedef struct weight {
-    const int8_t *w;
-    int64_t ldw;
-} weight;
-
-static void prepare(const void *of, int64_t row, int64_t ws, int64_t col, int64_t cols,
-                    uint8_t *dst) {
-    const weight *weight = of;
-    for (int64_t r = 0; r < ws; r++, dst += PIECE_BYTES) {
-        const int8_t *w = weight->w + (row + r) * weight->ldw + col;
-        for (int64_t c = 0; c < cols; c += STEP) {
-            if (c % 64 == 0)
-                _mm_prefetch((const char *)w + c + W_GROUP * weight->ldw, _MM_HINT_T0);
-            _mm256_store_si256((__m256i *)(dst + 2 * c), widen16(w + c, cols - c));
-        }
-    }
-    for (int64_t r = ws; r < W_GROUP; r++, dst += PIECE_BYTES)
-        memset(dst, 0, PIECE_BYTES);
-}
-
-/* The sums over the lanes of four vectors. */
-BNBQ_INLINE __m128i sum4(__m256i a, __m256i b, __m256i c, __m256i d) {
-    __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-    return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-}
-
-/* Four rows of W times up to two of x: eight accumulators, and a product on its way to each. */
-BNBQ_INLINE void multiply(const int xs, const int16_t *x, const int16_t *w, int64_t cols,
-                          int64_t ws, bool first, int32_t *y, int64_t ldy) {
-    u32x8 sum[2][4];
-#pragma GCC unroll 2
     for (int i = 0; i < xs; i++)
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; r++)
+        for (int r = 0; r < ws; r++)
             sum[i][r] = (u32x8){0};
-    for (int64_t c = 0; c < cols; c += STEP) {
+    for (int64_t c = 0; c < k; c += STEP) {
+        if (c % 64 == 0)
+            for (int r = 0; r < ws; r++, next += 64)
+                _mm_prefetch((const char *)next, _MM_HINT_T1);
         __m256i v[4];
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; r++)
-            v[r] = _mm256_load_si256((const __m256i *)(w + r * CHUNK + c));
-#pragma GCC unroll 2
-        for (int i = 0; i < xs; i++) {
-            __m256i xv = _mm256_load_si256((const __m256i *)(x + i * CHUNK + c));
+        for (int r = 0; r < ws; r++)
+            v[r] = widen16(w + r * ldw + c, k - c);
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; r++)
-                sum[i][r] += (u32x8)_mm256_madd_epi16(v[r], xv);
+        for (int i = 0; i < xs; i++) {
+            const __m256i xv = _mm256_load_si256((const __m256i *)(x + i * ldx + c));
+#pragma GCC unroll 4
+            for (int r = 0; r < ws; r++)
+                sum[i][r] = multiply_add(sum[i][r], v[r], xv);
         }
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < xs; i++)
+#pragma GCC unroll 4
+        for (int r = 0; r < ws; r++)
+            y[i * ldy + r] = sum_of((__m256i)sum[i][r]);
+}
+
+BNBQ_INLINE void gemv(const int xs, const int16_t *x, const int8_t *w, int64_t ldw, int64_t rows,
+                      int64_t k, int32_t *y, int64_t ldy) {
+    const int ws = xs <= 2 ? 4 : 2;
+    int64_t n = 0;
+    for (; n + ws <= rows; n += ws)
+        gemv_rows(xs, ws, x, w + n * ldw, ldw, k, y + n, ldy);
+    for (; n < rows; n++)
+        gemv_rows(xs, 1, x, w + n * ldw, ldw, k, y + n, ldy);
+}
+
+/* Eight rows of W, 16 columns: eight vectors that hold two columns of each row. */
+BNBQ_INLINE void interleave8(const int8_t *w, int64_t ldw, int64_t count, int16_t *out) {
+    __m256i t[8];
+    /* t[j], t[4 + j]: columns 2 j and 2 j + 8 ... of rows 0 to 3, and 4 to 7 */
 #pragma GCC unroll 2
-    for (int i = 0; i < xs; i++) {
-        int32_t *out = y + i * ldy;
-        __m128i sums =
-            sum4((__m256i)sum[i][0], (__m256i)sum[i][1], (__m256i)sum[i][2], (__m256i)sum[i][3]);
-        if (ws == 4) {
-            if (!first)
-                sums = _mm_add_epi32(sums, _mm_loadu_si128((const __m128i *)out));
-            _mm_storeu_si128((__m128i *)out, sums);
-            continue;
-        }
-        int32_t s[4];
-        _mm_storeu_si128((__m128i *)s, sums);
-        for (int64_t r = 0; r < ws; r++)
-            out[r] = first ? s[r] : out[r] + s[r];
+    for (int r = 0; r < 8; r += 4, w += 4 * ldw) {
+        const __m256i v0 = widen16(w, count), v1 = widen16(w + ldw, count);
+        const __m256i v2 = widen16(w + 2 * ldw, count), v3 = widen16(w + 3 * ldw, count);
+        const __m256i a = _mm256_unpacklo_epi32(v0, v1), b = _mm256_unpacklo_epi32(v2, v3);
+        const __m256i c = _mm256_unpackhi_epi32(v0, v1), d = _mm256_unpackhi_epi32(v2, v3);
+        t[r] = _mm256_unpacklo_epi64(a, b);
+        t[r + 1] = _mm256_unpackhi_epi64(a, b);
+        t[r + 2] = _mm256_unpacklo_epi64(c, d);
+        t[r + 3] = _mm256_unpackhi_epi64(c, d);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++, out += 2 * PANEL) {
+        __m256i *low = (__m256i *)out, *high = (__m256i *)(out + 8 * PANEL);
+        _mm256_store_si256(low, _mm256_permute2x128_si256(t[j], t[4 + j], 0x20));
+        _mm256_store_si256(high, _mm256_permute2x128_si256(t[j], t[4 + j], 0x31));
     }
 }
 
-static void multiply_any(int64_t xs, const uint8_t *x_piece, const uint8_t *w_piece, int64_t cols,
-                         int64_t ws, int first, void *y, int64_t ldy) {
-    const int16_t *x = (const int16_t *)x_piece, *w = (const int16_t *)w_piece;
-    if (xs == 1)
-        multiply(1, x, w, cols, ws, first, y, ldy);
-    else
-        multiply(2, x, w, cols, ws, first, y, ldy);
+static void interleave(const int8_t *w, int64_t ldw, int64_t rows, int64_t cols, void *dst) {
+    for (int64_t n = 0; n < rows; n += 8) {
+        const int8_t *from = w + n * ldw;
+        const int64_t stride = rows - n >= 8 ? ldw : 0; /* else one row eight times */
+        int16_t *out = (int16_t *)dst + n * 2;
+        for (int64_t c = 0; c < (cols + BLOCK - 1) / BLOCK * BLOCK; c += STEP)
+            interleave8(from + c, stride, cols - c, out + c * PANEL);
+        for (int64_t r = 0; stride == 0 && r < rows - n; r++)
+            for (int64_t c = 0; c < cols; c++)
+                out[c / 2 * 2 * PANEL + 2 * r + c % 2] = from[r * ldw + c];
+    }
+}
+
+/* Up to six rows of x times 16 of W: twelve accumulators. */
+BNBQ_INLINE void multiply(const int xs, const int16_t *x, const int16_t *w, int64_t blocks,
+                          const int8_t *next, int64_t ldw, int32_t *y, int64_t ldy) {
+    u32x8 sum[X_GROUP][2];
+#pragma GCC unroll 6
+    for (int i = 0; i < xs; i++) {
+        sum[i][0] = (u32x8)_mm256_loadu_si256((const __m256i *)(y + i * ldy));
+        sum[i][1] = (u32x8)_mm256_loadu_si256((const __m256i *)(y + i * ldy + 8));
+    }
+    /* A chunk of W has half a line in a row for each of the sixteen steps to a row. Not unrolled:
+     * gcc would add up the products of two steps first, and run out of registers. */
+    for (int64_t r = 0; r < 2 * blocks; r++, next += ldw)
+#pragma GCC unroll 1
+        for (int s = 0; s < 16; s++, x += 2, w += 2 * PANEL) {
+            _mm_prefetch((const char *)next + s * 32, _MM_HINT_T1);
+            const __m256i w0 = _mm256_load_si256((const __m256i *)w);
+            const __m256i w1 = _mm256_load_si256((const __m256i *)(w + PANEL));
+#pragma GCC unroll 6
+            for (int i = 0; i < xs; i++) {
+                int32_t two;
+                memcpy(&two, x + i * CHUNK, sizeof two);
+                const __m256i v = _mm256_set1_epi32(two);
+                sum[i][0] = multiply_add(sum[i][0], w0, v);
+                sum[i][1] = multiply_add(sum[i][1], w1, v);
+            }
+        }
+#pragma GCC unroll 6
+    for (int i = 0; i < xs; i++) {
+        _mm256_storeu_si256((__m256i *)(y + i * ldy), (__m256i)sum[i][0]);
+        _mm256_storeu_si256((__m256i *)(y + i * ldy + 8), (__m256i)sum[i][1]);
+    }
+}
+
+static void multiply_any(int64_t xs, const void *x, const void *w, int64_t blocks,
+                         const int8_t *next, int64_t ldw, int64_t rows, int32_t *y, int64_t ldy) {
+    if (rows < PANEL) { /* the last ones of W: y is narrower than the vectors */
+        int32_t whole[X_GROUP * PANEL] = {0};
+        for (int64_t i = 0; i < xs; i++)
+            memcpy(whole + i * PANEL, y + i * ldy, (size_t)rows * sizeof *y);
+        multiply_any(xs, x, w, blocks, next, ldw, PANEL, whole, PANEL);
+        for (int64_t i = 0; i < xs; i++)
+            memcpy(y + i * ldy, whole + i * PANEL, (size_t)rows * sizeof *y);
+        return;
+    }
+    switch (xs) {
+    case 3: multiply(3, x, w, blocks, next, ldw, y, ldy); break;
+    case 4: multiply(4, x, w, blocks, next, ldw, y, ldy); break;
+    case 5: multiply(5, x, w, blocks, next, ldw, y, ldy); break;
+    default: multiply(6, x, w, blocks, next, ldw, y, ldy); break;
+    }
 }
 
 static void linear_s8_avx2(const void *packed, int64_t m, const int8_t *w, int64_t ldw,
@@ -265,20 +297,22 @@ static void linear_s8_avx2(const void *packed, int64_t m, const int8_t *w, int64
     case 3: gemv(3, packed, w, ldw, rows, k, y, ldy); return;
     case 4: gemv(4, packed, w, ldw, rows, k, y, ldy); return;
     }
-    const weight of = {w, ldw};
-    const blocked_product product = {
-        .packed = packed,
+    for (int64_t i = 0; i < m; i++)
+        memset(y + i * ldy, 0, (size_t)rows * sizeof *y);
+    const s8_product product = {
+        .pieces = packed,
         .m = m,
         .rows = rows,
         .k = k,
+        .ldw = ldw,
         .ldy = ldy,
-        .chunk = CHUNK,
-        .x_group = 2,
-        .w = &of,
-        .prepare = prepare,
+        .piece_bytes = CHUNK * sizeof(int16_t),
+        .panel = PANEL,
+        .x_group = X_GROUP,
+        .interleave = interleave,
         .multiply = multiply_any,
     };
-    run_blocked(product, y, scratch);
+    s8_run_blocked(product, w, y, scratch);
 }
 
 /* ---------------------------------------------------------------- backward */
@@ -316,5 +350,8 @@ const bnbq_s8_kernels bnbq_s8_avx2 = {
     .pack = pack_s8_avx2,
     .scratch_bytes = scratch_bytes_s8_avx2,
     .run = linear_s8_avx2,
+    .scale = scale_s8,
+    .decode_columns = decode_columns_s8,
+    .add_outliers = add_outliers_s8,
     .backward = backward_s8_avx2,
 };

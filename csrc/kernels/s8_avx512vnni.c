@@ -5,17 +5,21 @@
  * when x is packed, is taken off at the end: exact for every int8 value, since all sums are right
  * modulo 2^32 and the result fits.
  *
- * Up to GEMV_ROWS rows of x read W directly. For more, a chunk of rows of W is copied to L1 as
- * unsigned bytes, zeros in x filling the last 64 columns, and multiplied as in blocking.h.
+ * Up to GEMV_ROWS rows of x read W directly, lanes along k. For more, W is interleaved by fours of
+ * columns and multiplied as in s8_blocking.h.
  *
  * Source: Intel SDM volume 2, VPDPBUSD; the exclusive-or form is ours, the usual one offsets x and
  * needs a sum for every row of W.
- * History, 4096 x 4096, one thread of a busy Zen 4 at 3.65 GHz, weights from DRAM: m = 1 0.56 ms,
- * 4 0.8, 16 2.4, 64 6.1, 256 21 (one vpdpbusd of 512 bits per cycle allows 18).
+ * History, 4096 x 4096, one thread of a busy Zen 4 at 3.7 GHz, weights from DRAM: m = 1 0.8 ms (as
+ * fast as reading), 4 0.8, 8 1.4, 16 1.8, 64 5.4, 256 20 (one vpdpbusd of 512 bits per cycle allows
+ * 18). Lanes along k for every m, sums across them per chunk: 4 1.3, 8 2.1, 16 2.7, 64 6.5, 256 22.
+ * Prefetching to L1 instead of L2 costs 0.2 ms at m = 9 ... 64, none 0.7; interleaving by rows of
+ * 64 bytes takes 1 ms instead of 0.4 when rows of W lie a power of two apart.
  */
 #include "../kernels.h"
 #include "backward_avx512.h"
-#include "blocking.h"
+#include "s8_blocking.h"
+#include "s8_epilogue.h"
 
 #include <assert.h>
 
@@ -25,9 +29,12 @@
 #endif
 
 enum {
-    STEP = 64,           /* columns of one vector */
-    CHUNK = PIECE_BYTES, /* columns per piece */
-    GEMV_ROWS = 4,       /* rows of x that read W directly, at most */
+    STEP = 64,     /* columns of one vector */
+    GEMV_ROWS = 5, /* rows of x that read W directly, at most */
+    W_ROWS = 4,    /* rows of W at a time, then */
+    AHEAD = 16384, /* bytes, likewise */
+    PANEL = 32,    /* rows of W in s8_blocking.h */
+    X_GROUP = 12,  /* rows of x */
 };
 
 /* ---------------------------------------------------------------- quantise, dequantise */
@@ -80,18 +87,23 @@ static void dequantize_s8_avx512(const int8_t *q, int64_t count, float absmax, f
 
 /* ---------------------------------------------------------------- forward */
 
-/* Packed: the corrections 128 * sum(x) as u32[m], padded to 64 bytes; then the pieces. */
+/* Packed: the corrections 128 * sum(x) as u32[m], padded to 64 bytes; then x, whose rows are whole
+ * for gemv, and one line longer so that they do not all meet in one set of L1; else as pieces. */
 static size_t head_bytes(int64_t m) {
     return (size_t)(m + 15) / 16 * 64;
 }
 
+static int64_t row_bytes(int64_t k) {
+    return (k + STEP - 1) / STEP * STEP + STEP;
+}
+
 static size_t packed_bytes_s8_avx512(int64_t m, int64_t k) {
-    return head_bytes(m) + blocked_bytes(m, k, CHUNK);
+    return head_bytes(m) + (m <= GEMV_ROWS ? (size_t)(m * row_bytes(k)) : s8_pieces_bytes(m, k, 1));
 }
 
 static size_t scratch_bytes_s8_avx512(int64_t m, int64_t k) {
     (void)k;
-    return blocked_scratch_bytes(m);
+    return m <= GEMV_ROWS ? 0 : PANEL_BYTES;
 }
 
 static inline __mmask64 first64(int64_t count) {
@@ -108,135 +120,170 @@ static inline uint32_t sum_of(__m512i x) {
 
 static void pack_s8_avx512(const int8_t *x, int64_t i, int64_t m, int64_t k, void *packed) {
     assert(i >= 0 && i < m && m <= BNBQ_TILE_M && k >= 1 && k <= BNBQ_MAX_K_S8);
-    int8_t *pieces = (int8_t *)packed + head_bytes(m);
+    int8_t *rows = (int8_t *)packed + head_bytes(m);
     __m512i sum = _mm512_setzero_si512();
     for (int64_t c = 0; c < k; c += STEP) {
         __m512i v = _mm512_maskz_loadu_epi8(first64(k - c), x + c);
-        _mm512_store_si512(pieces + (c / CHUNK * m + i) * PIECE_BYTES + c % CHUNK, v);
+        int64_t at =
+            m <= GEMV_ROWS ? i * row_bytes(k) + c : (c / CHUNK * m + i) * CHUNK + c % CHUNK;
+        _mm512_store_si512(rows + at, v);
         sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), v);
     }
     ((uint32_t *)packed)[i] = 128 * sum_of(sum);
 }
 
-static inline __m512i unsigned_w(const int8_t *w, __mmask64 valid) {
-    return _mm512_xor_si512(_mm512_maskz_loadu_epi8(valid, w), _mm512_set1_epi8(-128));
+static inline __m512i unsigned_w(__m512i w) {
+    return _mm512_xor_si512(w, _mm512_set1_epi8(-128));
 }
 
 /* Sums have the element type of what is done with them: as __m512i (64-bit elements), gcc 12 keeps
  * every accumulator of a loop twice, once in each type, and spills half of them. */
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 
-BNBQ_INLINE u32x16 multiply_add(u32x16 sum, __m512i w, const void *x) {
-    return (u32x16)_mm512_dpbusd_epi32((__m512i)sum, w, _mm512_load_si512(x));
+BNBQ_INLINE u32x16 multiply_add(u32x16 sum, __m512i w, __m512i x) {
+    return (u32x16)_mm512_dpbusd_epi32((__m512i)sum, w, x);
 }
 
-/* A row of W at a time: memory is the limit. W is prefetched in the order in which it lies. */
-BNBQ_INLINE void gemv(const int xs, const uint32_t *corrections, const int8_t *x, const int8_t *w,
-                      int64_t ldw, int64_t rows, int64_t k, int32_t *y, int64_t ldy) {
-    enum { AHEAD = 2048 };
-    for (int64_t n = 0; n < rows; n++, w += ldw) {
-        u32x16 even[GEMV_ROWS], odd[GEMV_ROWS];
-#pragma GCC unroll 4
-        for (int i = 0; i < xs; i++)
-            even[i] = odd[i] = (u32x16){0};
-        for (int64_t col = 0; col < k; col += CHUNK) {
-            const int8_t *piece = x + col * xs;
-            int64_t cols = k - col < CHUNK ? k - col : CHUNK, c = 0;
-            for (; c + 2 * STEP <= cols; c += 2 * STEP) {
-                _mm_prefetch((const char *)w + col + c + AHEAD, _MM_HINT_T0);
-                _mm_prefetch((const char *)w + col + c + AHEAD + STEP, _MM_HINT_T0);
-                __m512i w0 = unsigned_w(w + col + c, ~0ull);
-                __m512i w1 = unsigned_w(w + col + c + STEP, ~0ull);
-#pragma GCC unroll 4
-                for (int i = 0; i < xs; i++) {
-                    const int8_t *at = piece + i * PIECE_BYTES + c;
-                    even[i] = multiply_add(even[i], w0, at);
-                    odd[i] = multiply_add(odd[i], w1, at + STEP);
-                }
-            }
-            for (; c < cols; c += STEP) {
-                __m512i w0 = unsigned_w(w + col + c, first64(cols - c));
-#pragma GCC unroll 4
-                for (int i = 0; i < xs; i++)
-                    even[i] = multiply_add(even[i], w0, piece + i * PIECE_BYTES + c);
-            }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < xs; i++)
-            y[i * ldy + n] = (int32_t)(sum_of((__m512i)(even[i] + odd[i])) - corrections[i]);
-    }
-}
-
-typedef struct weight {
-    const int8_t *w;
-    int64_t ldw;
-} weight;
-
-static void prepare(const void *of, int64_t row, int64_t ws, int64_t col, int64_t cols,
-                    uint8_t *dst) {
-    const weight *weight = of;
-    for (int64_t r = 0; r < ws; r++, dst += PIECE_BYTES) {
-        const int8_t *w = weight->w + (row + r) * weight->ldw + col;
-        for (int64_t c = 0; c < cols; c += STEP) {
-            _mm_prefetch((const char *)w + c + W_GROUP * weight->ldw, _MM_HINT_T0);
-            _mm512_store_si512(dst + c, unsigned_w(w + c, first64(cols - c)));
-        }
-    }
-    for (int64_t r = ws; r < W_GROUP; r++, dst += PIECE_BYTES)
-        memset(dst, 0, PIECE_BYTES);
-}
-
-/* The sums over the lanes of four vectors. */
-BNBQ_INLINE __m128i sum4(__m512i a, __m512i b, __m512i c, __m512i d) {
-    __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti32x8_epi32(all, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
-
-/* Four rows of W times up to six of x: 24 accumulators. */
-BNBQ_INLINE void multiply(const int xs, const uint8_t *x, const uint8_t *w, int64_t cols,
-                          int64_t ws, bool first, int32_t *y, int64_t ldy) {
-    u32x16 sum[6][4];
-#pragma GCC unroll 6
+/* A few rows of W at a time: memory is the limit. The rows after them are prefetched in the order
+ * in which they lie. */
+BNBQ_INLINE void gemv_rows(const int xs, const int ws, const uint32_t *corrections, const int8_t *x,
+                           const int8_t *w, int64_t ldw, int64_t k, int32_t *y, int64_t ldy) {
+    const int64_t ldx = row_bytes(k);
+    const int8_t *next = w + AHEAD;
+    u32x16 sum[GEMV_ROWS][W_ROWS];
+#pragma GCC unroll 5
     for (int i = 0; i < xs; i++)
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; r++)
+        for (int r = 0; r < ws; r++)
             sum[i][r] = (u32x16){0};
-    for (int64_t c = 0; c < cols; c += STEP) {
-        __m512i v[4];
+    for (int64_t c = 0; c < k; c += STEP) {
+        const __mmask64 valid = first64(k - c);
+        __m512i v[W_ROWS];
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; r++)
-            v[r] = _mm512_load_si512(w + r * PIECE_BYTES + c);
-#pragma GCC unroll 6
+        for (int r = 0; r < ws; r++, next += STEP) {
+            _mm_prefetch((const char *)next, _MM_HINT_T1);
+            v[r] = unsigned_w(_mm512_maskz_loadu_epi8(valid, w + r * ldw + c));
+        }
+#pragma GCC unroll 5
         for (int i = 0; i < xs; i++) {
-            __m512i xv = _mm512_load_si512(x + i * PIECE_BYTES + c);
+            const __m512i xv = _mm512_load_si512(x + i * ldx + c);
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; r++)
-                sum[i][r] = (u32x16)_mm512_dpbusd_epi32((__m512i)sum[i][r], v[r], xv);
+            for (int r = 0; r < ws; r++)
+                sum[i][r] = multiply_add(sum[i][r], v[r], xv);
         }
     }
-    const __mmask8 mask = (__mmask8)((1 << ws) - 1);
-#pragma GCC unroll 6
-    for (int i = 0; i < xs; i++) {
-        __m128i sums =
-            sum4((__m512i)sum[i][0], (__m512i)sum[i][1], (__m512i)sum[i][2], (__m512i)sum[i][3]);
-        if (!first)
-            sums = _mm_add_epi32(sums, _mm_maskz_loadu_epi32(mask, y + i * ldy));
-        _mm_mask_storeu_epi32(y + i * ldy, mask, sums);
+#pragma GCC unroll 5
+    for (int i = 0; i < xs; i++)
+#pragma GCC unroll 4
+        for (int r = 0; r < ws; r++)
+            y[i * ldy + r] = (int32_t)(sum_of((__m512i)sum[i][r]) - corrections[i]);
+}
+
+BNBQ_INLINE void gemv(const int xs, const uint32_t *corrections, const int8_t *x, const int8_t *w,
+                      int64_t ldw, int64_t rows, int64_t k, int32_t *y, int64_t ldy) {
+    int64_t n = 0;
+    for (; n + W_ROWS <= rows; n += W_ROWS)
+        gemv_rows(xs, W_ROWS, corrections, x, w + n * ldw, ldw, k, y + n, ldy);
+    for (; n < rows; n++)
+        gemv_rows(xs, 1, corrections, x, w + n * ldw, ldw, k, y + n, ldy);
+}
+
+/* Eight rows of W, BLOCK columns, as halves of 16 vectors that hold four columns of each row. Each
+ * line of W is loaded once: with a power of two between them they evict each other from L1. */
+BNBQ_INLINE void interleave8(const int8_t *w, int64_t ldw, int8_t *out) {
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    __m512i v[8], t[8];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+        v[r] = unsigned_w(_mm512_loadu_si512(w + r * ldw));
+        /* t[j], t[4 + j]: in lane L of 128 bits, columns 16 L + 4 j ... of rows 0 to 3 and 4 to 7
+         */
+#pragma GCC unroll 2
+    for (int r = 0; r < 8; r += 4) {
+        const __m512i a = _mm512_unpacklo_epi32(v[r], v[r + 1]);
+        const __m512i b = _mm512_unpacklo_epi32(v[r + 2], v[r + 3]);
+        const __m512i c = _mm512_unpackhi_epi32(v[r], v[r + 1]);
+        const __m512i d = _mm512_unpackhi_epi32(v[r + 2], v[r + 3]);
+        t[r] = _mm512_unpacklo_epi64(a, b);
+        t[r + 1] = _mm512_unpackhi_epi64(a, b);
+        t[r + 2] = _mm512_unpacklo_epi64(c, d);
+        t[r + 3] = _mm512_unpackhi_epi64(c, d);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++, out += 4 * PANEL) {
+        const __m512i low = _mm512_permutex2var_epi64(t[j], first, t[4 + j]);
+        const __m512i high = _mm512_permutex2var_epi64(t[j], second, t[4 + j]);
+        _mm256_store_si256((__m256i *)out, _mm512_castsi512_si256(low));
+        _mm256_store_si256((__m256i *)(out + 16 * PANEL), _mm512_extracti64x4_epi64(low, 1));
+        _mm256_store_si256((__m256i *)(out + 32 * PANEL), _mm512_castsi512_si256(high));
+        _mm256_store_si256((__m256i *)(out + 48 * PANEL), _mm512_extracti64x4_epi64(high, 1));
     }
 }
 
-static void multiply_any(int64_t xs, const uint8_t *x, const uint8_t *w, int64_t cols, int64_t ws,
-                         int first, void *y, int64_t ldy) {
+static void interleave(const int8_t *w, int64_t ldw, int64_t rows, int64_t cols, void *dst) {
+    for (int64_t n = 0; n < rows; n += 8)
+        for (int64_t c = 0; c < cols; c += BLOCK) {
+            const int8_t *from = w + n * ldw + c;
+            int8_t *out = (int8_t *)dst + c * PANEL + n * 4;
+            if (rows - n >= 8 && cols - c >= BLOCK) {
+                interleave8(from, ldw, out);
+                continue;
+            }
+            int8_t padded[8 * BLOCK] = {0};
+            for (int64_t r = 0; r < 8 && n + r < rows; r++)
+                memcpy(padded + r * BLOCK, from + r * ldw, cols - c < BLOCK ? cols - c : BLOCK);
+            interleave8(padded, BLOCK, out);
+        }
+}
+
+static inline __m512i broadcast4(const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+/* Up to 12 rows of x times 32 of W: 24 accumulators. */
+BNBQ_INLINE void multiply(const int xs, const int8_t *x, const uint8_t *w, int64_t blocks,
+                          const int8_t *next, int64_t ldw, int64_t rows, int32_t *y, int64_t ldy) {
+    const __mmask16 mask0 = first16(rows), mask1 = rows < 16 ? 0 : first16(rows - 16);
+    u32x16 sum[X_GROUP][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < xs; i++) {
+        sum[i][0] = (u32x16)_mm512_maskz_loadu_epi32(mask0, y + i * ldy);
+        sum[i][1] = (u32x16)_mm512_maskz_loadu_epi32(mask1, y + i * ldy + 16);
+    }
+    /* A chunk of W has as many lines in a row as there are steps to four of them. */
+    for (int64_t r = 0; r < 4 * blocks; r++, next += ldw)
+#pragma GCC unroll 4
+        for (int s = 0; s < 4; s++, x += 4, w += 4 * PANEL) {
+            _mm_prefetch((const char *)next + 2 * s * 64, _MM_HINT_T1);
+            _mm_prefetch((const char *)next + (2 * s + 1) * 64, _MM_HINT_T1);
+            const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
+#pragma GCC unroll 12
+            for (int i = 0; i < xs; i++) {
+                const __m512i v = broadcast4(x + i * CHUNK);
+                sum[i][0] = multiply_add(sum[i][0], w0, v);
+                sum[i][1] = multiply_add(sum[i][1], w1, v);
+            }
+        }
+#pragma GCC unroll 12
+    for (int i = 0; i < xs; i++) {
+        _mm512_mask_storeu_epi32(y + i * ldy, mask0, (__m512i)sum[i][0]);
+        _mm512_mask_storeu_epi32(y + i * ldy + 16, mask1, (__m512i)sum[i][1]);
+    }
+}
+
+static void multiply_any(int64_t xs, const void *x, const void *w, int64_t blocks,
+                         const int8_t *next, int64_t ldw, int64_t rows, int32_t *y, int64_t ldy) {
     switch (xs) {
-    case 1: multiply(1, x, w, cols, ws, first, y, ldy); break;
-    case 2: multiply(2, x, w, cols, ws, first, y, ldy); break;
-    case 3: multiply(3, x, w, cols, ws, first, y, ldy); break;
-    case 4: multiply(4, x, w, cols, ws, first, y, ldy); break;
-    case 5: multiply(5, x, w, cols, ws, first, y, ldy); break;
-    default: multiply(6, x, w, cols, ws, first, y, ldy); break;
+    case 6: multiply(6, x, w, blocks, next, ldw, rows, y, ldy); break;
+    case 7: multiply(7, x, w, blocks, next, ldw, rows, y, ldy); break;
+    case 8: multiply(8, x, w, blocks, next, ldw, rows, y, ldy); break;
+    case 9: multiply(9, x, w, blocks, next, ldw, rows, y, ldy); break;
+    case 10: multiply(10, x, w, blocks, next, ldw, rows, y, ldy); break;
+    case 11: multiply(11, x, w, blocks, next, ldw, rows, y, ldy); break;
+    default: multiply(12, x, w, blocks, next, ldw, rows, y, ldy); break;
     }
 }
 
@@ -245,31 +292,32 @@ static void linear_s8_avx512(const void *packed, int64_t m, const int8_t *w, int
     assert(m >= 1 && m <= BNBQ_TILE_M && rows >= 1 && rows <= BNBQ_TILE_N);
     assert(k >= 1 && k <= BNBQ_MAX_K_S8 && ldw >= k && ldy >= rows);
     const uint32_t *corrections = packed;
-    const uint8_t *pieces = (const uint8_t *)packed + head_bytes(m);
-    const int8_t *x = (const int8_t *)pieces;
+    const int8_t *x = (const int8_t *)packed + head_bytes(m);
     switch (m) {
     case 1: gemv(1, corrections, x, w, ldw, rows, k, y, ldy); return;
     case 2: gemv(2, corrections, x, w, ldw, rows, k, y, ldy); return;
     case 3: gemv(3, corrections, x, w, ldw, rows, k, y, ldy); return;
     case 4: gemv(4, corrections, x, w, ldw, rows, k, y, ldy); return;
+    case 5: gemv(5, corrections, x, w, ldw, rows, k, y, ldy); return;
     }
-    const weight of = {w, ldw};
-    const blocked_product product = {
-        .packed = pieces,
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t n = 0; n < rows; n += 16)
+            _mm512_mask_storeu_epi32(y + i * ldy + n, first16(rows - n),
+                                     _mm512_set1_epi32((int32_t)-corrections[i]));
+    const s8_product product = {
+        .pieces = (const char *)x,
         .m = m,
         .rows = rows,
         .k = k,
+        .ldw = ldw,
         .ldy = ldy,
-        .chunk = CHUNK,
-        .x_group = 6,
-        .w = &of,
-        .prepare = prepare,
+        .piece_bytes = CHUNK,
+        .panel = PANEL,
+        .x_group = X_GROUP,
+        .interleave = interleave,
         .multiply = multiply_any,
     };
-    run_blocked(product, y, scratch);
-    for (int64_t i = 0; i < m; i++)
-        for (int64_t n = 0; n < rows; n++)
-            y[i * ldy + n] = (int32_t)((uint32_t)y[i * ldy + n] - corrections[i]);
+    s8_run_blocked(product, w, y, scratch);
 }
 
 /* ---------------------------------------------------------------- backward */
@@ -306,5 +354,8 @@ const bnbq_s8_kernels bnbq_s8_avx512vnni = {
     .pack = pack_s8_avx512,
     .scratch_bytes = scratch_bytes_s8_avx512,
     .run = linear_s8_avx512,
+    .scale = scale_s8,
+    .decode_columns = decode_columns_s8,
+    .add_outliers = add_outliers_s8,
     .backward = backward_s8_avx512,
 };

@@ -9,6 +9,7 @@
  */
 #include "../kernels.h"
 #include "neon_backward.h"
+#include "s8_epilogue.h"
 
 #include <assert.h>
 #include <math.h>
@@ -230,5 +231,8 @@ const bnbq_s8_kernels bnbq_s8_neon = {
     .pack = pack_s8_neon,
     .scratch_bytes = scratch_bytes_s8_neon,
     .run = linear_s8_neon,
+    .scale = scale_s8,
+    .decode_columns = decode_columns_s8,
+    .add_outliers = add_outliers_s8,
     .backward = backward_s8_neon,
 };

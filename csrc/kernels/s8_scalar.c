@@ -2,6 +2,7 @@
  * every other instruction set with. It follows reference.py line by line.
  */
 #include "../kernels.h"
+#include "s8_epilogue.h"
 
 #include <assert.h>
 #include <math.h>
@@ -106,5 +107,8 @@ const bnbq_s8_kernels bnbq_s8_scalar = {
     .pack = pack_s8_scalar,
     .scratch_bytes = scratch_bytes_s8_scalar,
     .run = linear_s8_scalar,
+    .scale = scale_s8,
+    .decode_columns = decode_columns_s8,
+    .add_outliers = add_outliers_s8,
     .backward = backward_s8_scalar,
 };
