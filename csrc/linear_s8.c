@@ -268,7 +268,9 @@ static void add_outliers(const forward *op, int64_t part, int64_t n0, int64_t ro
     int64_t cursor[BNBQ_TILE_M];
     memcpy(cursor, first, (size_t)m * sizeof *cursor);
     float absmax[BNBQ_TILE_N];
-    _Alignas(64) float decoded[BNBQ_OUTLIER_COLUMNS * BNBQ_TILE_N] = {0};
+    _Alignas(64) float decoded[BNBQ_OUTLIER_COLUMNS * BNBQ_TILE_N];
+    if (rows < BNBQ_TILE_N) /* the others' values are not used, but must not slow anything down */
+        memset(decoded, 0, sizeof decoded);
     for (int64_t begin = 0, end; begin < out->count; begin = end) {
         /* columns that share scales */
         int64_t limit = bnbq_min(out->count, begin + BNBQ_OUTLIER_COLUMNS);

@@ -13,8 +13,9 @@
  * History, 4096 x 4096, one thread of a busy Zen 4 at 3.7 GHz, weights from DRAM: m = 1 0.8 ms (as
  * fast as reading), 4 0.8, 8 1.4, 16 1.8, 64 5.4, 256 20 (one vpdpbusd of 512 bits per cycle allows
  * 18). Lanes along k for every m, sums across them per chunk: 4 1.3, 8 2.1, 16 2.7, 64 6.5, 256 22.
- * Prefetching to L1 instead of L2 costs 0.2 ms at m = 9 ... 64, none 0.7; interleaving by rows of
- * 64 bytes takes 1 ms instead of 0.4 when rows of W lie a power of two apart.
+ * Prefetching to L1 instead of L2 costs 0.2 ms at m = 9 ... 64, no prefetch 0.7. Interleaving a
+ * line of W in several steps took 1 ms instead of 0.4 where its rows lie a power of two apart; done
+ * between the multiplications it saved 0.2 ms at m = 8 and 16 and lost 0.4 at 24: gcc spills.
  */
 #include "../kernels.h"
 #include "backward_avx512.h"

@@ -29,7 +29,7 @@ static void scale_s8(const int32_t *restrict sums, int64_t rows, float x_scale,
 static void decode_columns_s8(const int8_t *w, int64_t ldw, int64_t rows, const int64_t *columns,
                               int64_t count, const float *restrict absmax,
                               float *restrict decoded) {
-    int8_t codes[BNBQ_OUTLIER_COLUMNS][BNBQ_TILE_N] = {{0}};
+    int8_t codes[BNBQ_OUTLIER_COLUMNS][BNBQ_TILE_N];
     for (int64_t j = 0; j < rows; j++)
 #pragma GCC unroll 4
         for (int64_t c = 0; c < count; c++)
