@@ -40,6 +40,7 @@ KERNELS = {
         "q4_amx": AMX,
         "s8_avx2": AVX2,
         "s8_avx512vnni": VNNI,
+        "s8_avx512bf16": BF16,
         "s8_amx": AMX,
     },
     "aarch64": {

@@ -203,6 +203,45 @@ const float *bnbq_load_rounded(const bnbq_view *view, int64_t row, bnbq_dtype dt
     return scratch;
 }
 
+typedef struct bf16_copy {
+    const bnbq_view *view;
+    int64_t row, rows, ld;
+    uint16_t *out;
+} bf16_copy;
+
+enum { COPY_ROWS = 8 }; /* per task */
+
+static bool bf16_copy_task(void *context, int64_t task) {
+    const bf16_copy *op = context;
+    int64_t cols = op->view->cols, end = bnbq_min(op->rows, (task + 1) * COPY_ROWS);
+    float piece[PIECE];
+    for (int64_t i = task * COPY_ROWS; i < end; i++) {
+        uint16_t *out = op->out + i * op->ld;
+        for (int64_t c = 0; c < cols; c += PIECE) {
+            int64_t part = bnbq_min(PIECE, cols - c);
+            const float *from = bnbq_load(op->view, op->row + i, c, part, piece);
+            bnbq_edge()->narrow(from, part, BNBQ_BF16, out + c);
+        }
+        if (op->ld > cols)
+            out[cols] = 0;
+    }
+    return true;
+}
+
+const uint16_t *bnbq_bf16_rows(const bnbq_view *view, int64_t row, int64_t rows, int64_t *ld) {
+    if (view->dtype == BNBQ_BF16 && view->col_stride == 1 && view->outer <= 1 &&
+        view->cols % 2 == 0) {
+        *ld = view->outer == 1 ? view->strides[0] : 0;
+        return (const uint16_t *)element(view, row, 0);
+    }
+    *ld = view->cols + view->cols % 2;
+    bf16_copy op = {view, row, rows, *ld, NULL};
+    op.out = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)(rows * *ld) * sizeof *op.out);
+    if (op.out && !bnbq_run_tasks(bf16_copy_task, &op, bnbq_ceil_div(rows, COPY_ROWS), rows * *ld))
+        return NULL;
+    return op.out;
+}
+
 /* ---------------------------------------------------------------- cutting work */
 
 int64_t bnbq_pass_rows(int64_t m, int64_t width, int64_t most) {

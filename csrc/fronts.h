@@ -38,6 +38,11 @@ bool bnbq_is_transposed(const bnbq_view *view);
 const float *bnbq_load_rounded(const bnbq_view *view, int64_t row, bnbq_dtype dtype,
                                float *scratch);
 
+/* Rows [row, row + rows) in bf16, row i at i * *ld: where they lie, or rounded to
+ * BNBQ_SCRATCH_X if they are no bf16, no rows of neighbours, or odd in length, and then with a zero
+ * behind each. NULL: no memory. */
+const uint16_t *bnbq_bf16_rows(const bnbq_view *view, int64_t row, int64_t rows, int64_t *ld);
+
 /* A matrix product goes over the activations in passes of at most BNBQ_TILE_M rows that are packed
  * once; a pass is cut into parts (rows) and tiles (columns of the result), and a task is one part
  * times one tile. The cut is a function of the shape alone: the thread count never shows. */

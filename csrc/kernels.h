@@ -108,8 +108,9 @@ typedef struct bnbq_q4_kernels {
      * scratch: BNBQ_BACKWARD_SCRATCH bytes. */
     void (*backward)(const float *gy, int64_t ldg, int64_t m, const bnbq_q4_rows *w, int64_t n,
                      int64_t k0, int64_t cols, float *gx, int64_t ldgx, void *scratch);
-    /* The same with gy in bf16 and each weight rounded to bf16 once; ldg is even, and if n is odd
-     * there is a zero behind each row of gy. NULL: there is none. */
+    /* The same with gy in bf16 and each weight rounded to bf16 once; NULL: there is none. If n is
+     * odd, there is a zero behind each row of gy. k0 and cols are multiples of 64, or of 32 if the
+     * blocksize is 32. */
     void (*backward_bf16)(const uint16_t *gy, int64_t ldg, int64_t m, const bnbq_q4_rows *w,
                           int64_t n, int64_t k0, int64_t cols, float *gx, int64_t ldgx,
                           void *scratch);
@@ -150,14 +151,20 @@ typedef struct bnbq_s8_kernels {
      * ascending order; 1 <= cols <= BNBQ_TILE_K, 1 <= m <= BNBQ_TILE_M. */
     void (*backward)(const float *gy, int64_t ldg, int64_t m, const int8_t *w, int64_t ldw,
                      int64_t n, int64_t cols, float *gx, int64_t ldgx, void *scratch);
+    /* gx[m, cols] = gy[m, n] . dequantised w[n, cols], where row r of w has the scale
+     * absmax[r * ldabsmax], each weight is rounded to bf16 once and gy is bf16; NULL: there is
+     * none. If n is odd, there is a zero behind each row of gy. */
+    void (*backward_bf16)(const uint16_t *gy, int64_t ldg, int64_t m, const int8_t *w, int64_t ldw,
+                          const float *absmax, int64_t ldabsmax, int64_t n, int64_t cols, float *gx,
+                          int64_t ldgx, void *scratch);
 } bnbq_s8_kernels;
 
 /* The rows, one file each: kernels/<family>_<isa>.c. Which exist depends on the processor. */
 extern const bnbq_edge_kernels bnbq_edge_scalar, bnbq_edge_avx2;
 extern const bnbq_q4_kernels bnbq_q4_scalar, bnbq_q4_avx2, bnbq_q4_avx512;
 extern const bnbq_q4_kernels bnbq_q4_avx512bf16, bnbq_q4_amx, bnbq_q4_neon;
-extern const bnbq_s8_kernels bnbq_s8_scalar, bnbq_s8_avx2, bnbq_s8_avx512vnni, bnbq_s8_amx;
-extern const bnbq_s8_kernels bnbq_s8_neon;
+extern const bnbq_s8_kernels bnbq_s8_scalar, bnbq_s8_avx2, bnbq_s8_avx512vnni;
+extern const bnbq_s8_kernels bnbq_s8_avx512bf16, bnbq_s8_amx, bnbq_s8_neon;
 
 /* registry.c: the rows of each family, slowest first, and the one in use: the last whose `needs`
  * this processor has and whose level is not above the cap. */

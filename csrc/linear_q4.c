@@ -206,10 +206,13 @@ typedef struct backward {
     const bnbq_weight4 *w;
     bnbq_dtype compute_dtype;
     const bnbq_q4_kernels *kernels;
+    bool bf16;           /* by the kernel that rounds weights to bf16 */
     const float *absmax; /* f32 for all of W; NULL: the flat path */
     int64_t m0, m;
     bnbq_cut cut;
-    float *g; /* f32[m, n] */
+    float *g; /* f32[m, n]; or in bf16, with row stride ldg: */
+    const uint16_t *g_bf16;
+    int64_t ldg;
 } backward;
 
 static bool load_gradient_task(void *context, int64_t task) {
@@ -221,6 +224,14 @@ static bool load_gradient_task(void *context, int64_t task) {
         bnbq_copy_row(row, g, n);
     }
     return true;
+}
+
+static bool load_gradient(backward *op) {
+    if (op->bf16)
+        return (op->g_bf16 = bnbq_bf16_rows(&op->gy, op->m0, op->m, &op->ldg)) != NULL;
+    op->g = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)(op->m * op->w->n) * sizeof(float));
+    return op->g && bnbq_run_tasks(load_gradient_task, op, bnbq_ceil_div(op->m, PACK_ROWS),
+                                   op->m * op->w->n);
 }
 
 /* gx = g . W[:, k0 .. k0 + cols) with n ascending, as the kernels do it. row: f32[cols]. */
@@ -245,13 +256,15 @@ static bool backward_task(void *context, int64_t task) {
     void *scratch = bnbq_scratch(BNBQ_SCRATCH_KERNEL, BNBQ_BACKWARD_SCRATCH);
     if (!tile || !scratch)
         return false;
-    const float *g = op->g + m0 * w->n;
-    if (op->absmax) {
-        bnbq_q4_rows rows = {w->qweight, op->absmax, w->format->codebook, w->k, w->blocksize};
-        op->kernels->backward(g, w->n, m, &rows, w->n, k0, cols, tile, BNBQ_TILE_K, scratch);
-    } else {
-        flat_backward(op, g, m, k0, cols, tile, scratch);
-    }
+    bnbq_q4_rows rows = {w->qweight, op->absmax, w->format->codebook, w->k, w->blocksize};
+    if (op->bf16)
+        op->kernels->backward_bf16(op->g_bf16 + m0 * op->ldg, op->ldg, m, &rows, w->n, k0, cols,
+                                   tile, BNBQ_TILE_K, scratch);
+    else if (op->absmax)
+        op->kernels->backward(op->g + m0 * w->n, w->n, m, &rows, w->n, k0, cols, tile, BNBQ_TILE_K,
+                              scratch);
+    else
+        flat_backward(op, op->g + m0 * w->n, m, k0, cols, tile, scratch);
     for (int64_t i = 0; i < m; i++)
         bnbq_store(&op->gx, op->m0 + m0 + i, k0, cols, tile + i * BNBQ_TILE_K);
     return true;
@@ -296,13 +309,13 @@ bnbq_status bnbq_linear_4bit_backward(const bnbq_tensor *gy, const bnbq_weight4 
         return BNBQ_OK;
     if (rows_hold_whole_blocks(w) && w->n > 0 && !(op.absmax = all_scales(w)))
         return BNBQ_NO_MEMORY;
+    op.bf16 = op.absmax && compute_dtype == BNBQ_BF16 && op.kernels->backward_bf16 &&
+              !bnbq_batch_invariant();
     int64_t step = bnbq_pass_rows(m, w->n, BNBQ_PASS_ELEMENTS);
     for (op.m0 = 0; op.m0 < m; op.m0 += step) {
         op.m = bnbq_min(step, m - op.m0);
         op.cut = bnbq_cut_pass(op.m, w->k, BNBQ_TILE_K, MIN_TILE_K);
-        op.g = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)(op.m * w->n) * sizeof(float));
-        if (!op.g ||
-            !bnbq_run_tasks(load_gradient_task, &op, bnbq_ceil_div(op.m, PACK_ROWS), op.m * w->n) ||
+        if (!load_gradient(&op) ||
             !bnbq_run_tasks(backward_task, &op, op.cut.tiles * op.cut.parts, op.m * w->n * w->k))
             return BNBQ_NO_MEMORY;
     }

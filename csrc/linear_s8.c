@@ -377,7 +377,9 @@ bnbq_status bnbq_linear_8bit(const bnbq_tensor *x, const bnbq_weight8 *w, const 
 /* ---------------------------------------------------------------- backward */
 
 /* gx[m, c] = sum over n of (gy * (absmax / 127)) * q[n, c]: the scale goes to the gradient, once
- * per block of columns. With one scale per row of W that is once per pass, otherwise per tile. */
+ * per block of columns. With one scale per row of W that is once per pass, otherwise per tile. The
+ * kernel for bf16 takes the gradient as it is and scales W, so that each is rounded no more often
+ * than in the float layer. */
 typedef struct backward {
     bnbq_view gy, gx;
     const bnbq_weight8 *w;
@@ -385,7 +387,10 @@ typedef struct backward {
     int64_t m0, m;
     bnbq_cut cut; /* of one block of columns */
     int64_t blocks;
-    float *g; /* f32[m, n]: gy, scaled already when there is one block */
+    bool bf16;              /* by the kernel for it */
+    float *g;               /* f32[m, n]: gy, scaled already when there is one block; or in bf16, */
+    const uint16_t *g_bf16; /* with row stride ldg */
+    int64_t ldg;
 } backward;
 
 static void scale_gradient(const backward *op, const float *g, int64_t block, float *out) {
@@ -407,6 +412,31 @@ static bool load_gradient_task(void *context, int64_t task) {
     return true;
 }
 
+static bool load_gradient(backward *op) {
+    if (op->bf16)
+        return (op->g_bf16 = bnbq_bf16_rows(&op->gy, op->m0, op->m, &op->ldg)) != NULL;
+    op->g = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)(op->m * op->w->n) * sizeof(float));
+    return op->g && bnbq_run_tasks(load_gradient_task, op, bnbq_ceil_div(op->m, PACK_ROWS),
+                                   op->m * op->w->n);
+}
+
+/* gx[m, cols], row stride BNBQ_TILE_K, from row m0 of the pass and column k0 of `block`. */
+static bool multiply_f32(const backward *op, int64_t m0, int64_t m, int64_t block, int64_t k0,
+                         int64_t cols, float *gx, void *scratch) {
+    const bnbq_weight8 *w = op->w;
+    const float *g = op->g + m0 * w->n;
+    if (op->blocks > 1) {
+        float *scaled = bnbq_scratch(BNBQ_SCRATCH_ROW, (size_t)(m * w->n) * sizeof(float));
+        if (!scaled)
+            return false;
+        for (int64_t i = 0; i < m; i++)
+            scale_gradient(op, g + i * w->n, block, scaled + i * w->n);
+        g = scaled;
+    }
+    op->kernels->backward(g, w->n, m, w->qweight + k0, w->k, w->n, cols, gx, BNBQ_TILE_K, scratch);
+    return true;
+}
+
 static bool backward_task(void *context, int64_t task) {
     const backward *op = context;
     const bnbq_weight8 *w = op->w;
@@ -421,20 +451,14 @@ static bool backward_task(void *context, int64_t task) {
     void *scratch = bnbq_scratch(BNBQ_SCRATCH_KERNEL, BNBQ_BACKWARD_SCRATCH);
     if (!gx || !scratch)
         return false;
-    const float *g = op->g + m0 * w->n;
-    if (op->blocks > 1) {
-        float *scaled = bnbq_scratch(BNBQ_SCRATCH_ROW, (size_t)(m * w->n) * sizeof(float));
-        if (!scaled)
-            return false;
-        for (int64_t i = 0; i < m; i++)
-            scale_gradient(op, g + i * w->n, block, scaled + i * w->n);
-        g = scaled;
-    }
-    if (w->n > 0)
-        op->kernels->backward(g, w->n, m, w->qweight + k0, w->k, w->n, cols, gx, BNBQ_TILE_K,
-                              scratch);
-    else
+    if (w->n == 0)
         memset(gx, 0, (size_t)(m * BNBQ_TILE_K) * sizeof *gx);
+    else if (op->bf16)
+        op->kernels->backward_bf16(op->g_bf16 + m0 * op->ldg, op->ldg, m, w->qweight + k0, w->k,
+                                   w->absmax + block, op->blocks, w->n, cols, gx, BNBQ_TILE_K,
+                                   scratch);
+    else if (!multiply_f32(op, m0, m, block, k0, cols, gx, scratch))
+        return false;
     for (int64_t i = 0; i < m; i++)
         bnbq_store(&op->gx, op->m0 + m0 + i, k0, cols, gx + i * BNBQ_TILE_K);
     return true;
@@ -450,15 +474,15 @@ bnbq_status bnbq_linear_8bit_backward(const bnbq_tensor *gy, const bnbq_weight8 
     int64_t m = op.gx.rows;
     if (m == 0 || w->k == 0)
         return BNBQ_OK;
+    op.bf16 = w->n > 0 && op.gy.dtype == BNBQ_BF16 && op.kernels->backward_bf16 &&
+              !bnbq_batch_invariant();
     /* Every worker holds a scaled copy of its part when there are blocks: keep it at 1 MB. */
-    int64_t most = op.blocks > 1 ? 1 << 18 : BNBQ_PASS_ELEMENTS;
+    int64_t most = op.blocks > 1 && !op.bf16 ? 1 << 18 : BNBQ_PASS_ELEMENTS;
     int64_t step = bnbq_pass_rows(m, w->n, most);
     for (op.m0 = 0; op.m0 < m; op.m0 += step) {
         op.m = bnbq_min(step, m - op.m0);
         op.cut = bnbq_cut_pass(op.m, bnbq_min(block_of(w), w->k), BNBQ_TILE_K, MIN_TILE_K);
-        op.g = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)(op.m * w->n) * sizeof(float));
-        if (!op.g ||
-            !bnbq_run_tasks(load_gradient_task, &op, bnbq_ceil_div(op.m, PACK_ROWS), op.m * w->n) ||
+        if (!load_gradient(&op) ||
             !bnbq_run_tasks(backward_task, &op, op.blocks * op.cut.tiles * op.cut.parts,
                             op.m * w->n * w->k))
             return BNBQ_NO_MEMORY;

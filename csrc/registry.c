@@ -31,9 +31,7 @@ static const bnbq_q4_kernels *const q4_rows[] = {
 static const bnbq_s8_kernels *const s8_rows[] = {
     &bnbq_s8_scalar,
 #ifdef __x86_64__
-    &bnbq_s8_avx2,
-    &bnbq_s8_avx512vnni,
-    &bnbq_s8_amx,
+    &bnbq_s8_avx2,   &bnbq_s8_avx512vnni, &bnbq_s8_avx512bf16, &bnbq_s8_amx,
 #elif defined(__aarch64__)
     &bnbq_s8_neon,
 #endif

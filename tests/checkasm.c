@@ -375,30 +375,57 @@ static void *backward_scratch(void) {
     return guarded(SCRATCH, BNBQ_BACKWARD_SCRATCH, 64);
 }
 
-static float *gradient(int64_t count) {
+static float *gradient(int64_t count, bool bf16) {
     float *gy = FLOATS(IN, count);
     for (int64_t i = 0; i < count; i++)
-        gy[i] = normal();
+        gy[i] = bf16 ? to_bf16(normal()) : normal();
     return gy;
 }
 
-static void check_q4_backward(int64_t m, int64_t n, int64_t k, int64_t blocksize, int64_t k0,
-                              int64_t cols) {
-    CASE("q4 backward m %" PRId64 " n %" PRId64 " k %" PRId64 " blocksize %" PRId64 " k0 %" PRId64
+/* A gradient as the bf16 kernels take it: nothing behind a row is read but one zero if n is odd. */
+static const uint16_t *gradient_bf16(const float *gy, int64_t ldg, int64_t m, int64_t n,
+                                     int64_t *ld) {
+    *ld = n + n % 2 + random_below(3);
+    uint16_t *out = guarded(IN2, (size_t)((m - 1) * *ld + n + n % 2) * 2, 2);
+    for (int64_t i = 0; i < m; i++) {
+        for (int64_t r = 0; r < n; r++)
+            out[i * *ld + r] = bnbq_f32_to_bf16(gy[i * ldg + r]);
+        if (n % 2)
+            out[i * *ld + n] = 0;
+    }
+    return out;
+}
+
+static void q4_backward(bool bf16, const float *gy, int64_t ldg, int64_t m, const bnbq_q4_rows *w,
+                        int64_t n, int64_t k0, int64_t cols, float *gx, int64_t ldgx) {
+    if (bf16) {
+        int64_t ld;
+        const uint16_t *rows = gradient_bf16(gy, ldg, m, n, &ld);
+        q4->backward_bf16(rows, ld, m, w, n, k0, cols, gx, ldgx, backward_scratch());
+    } else {
+        q4->backward(gy, ldg, m, w, n, k0, cols, gx, ldgx, backward_scratch());
+    }
+}
+
+static void check_q4_backward(bool bf16, int64_t m, int64_t n, int64_t k, int64_t blocksize,
+                              int64_t k0, int64_t cols) {
+    CASE("q4 backward%s m %" PRId64 " n %" PRId64 " k %" PRId64 " blocksize %" PRId64 " k0 %" PRId64
          " cols %" PRId64,
-         m, n, k, blocksize, k0, cols);
+         bf16 ? "_bf16" : "", m, n, k, blocksize, k0, cols);
     bnbq_q4_rows w;
     random_rows(&w, n, k, blocksize);
     const int64_t ldg = n + random_below(3), ldgx = cols + random_below(3) * 7;
-    float *dense = FLOATS(WANT, n * k), *gy = gradient((m - 1) * ldg + n);
+    float *dense = FLOATS(WANT, n * k), *gy = gradient((m - 1) * ldg + n, bf16);
     q4_scalar->dequantize(w.qweight, w.absmax, w.codebook, n * k, blocksize, BNBQ_F32, dense);
+    for (int64_t i = 0; bf16 && i < n * k; i++)
+        dense[i] = to_bf16(dense[i]);
     float *gx = guarded(OUT, (size_t)((m - 1) * ldgx + cols) * 4, 64);
-    q4->backward(gy, ldg, m, &w, n, k0, cols, gx, ldgx, backward_scratch());
+    q4_backward(bf16, gy, ldg, m, &w, n, k0, cols, gx, ldgx);
     check_gradient(gx, ldgx, m, cols, gy, ldg, n, dense + k0, k);
-    const int64_t i = random_below(m), from = cols > 32 ? 32 : 0;
+    const int64_t step = bf16 && blocksize > 32 ? 64 : 32;
+    const int64_t i = random_below(m), from = cols > step ? step : 0;
     float *alone = guarded(ALONE, (size_t)(cols - from) * 4, 64);
-    q4->backward(gy + i * ldg, ldg, 1, &w, n, k0 + from, cols - from, alone, cols - from,
-                 backward_scratch());
+    q4_backward(bf16, gy + i * ldg, ldg, 1, &w, n, k0 + from, cols - from, alone, cols - from);
     same("gx of one row, cut elsewhere", alone, gx + i * ldgx + from, (size_t)(cols - from) * 4);
     check_canaries();
 }
@@ -419,14 +446,24 @@ static void check_q4_products(int64_t random_cases) {
             check_bf16_forms(m, n, k, bs, kind);
         }
         const int64_t k0 = 32 * random_below(k / 32), most = k - k0 < 256 ? k - k0 : 256;
-        check_q4_backward(m, 1 + random_below(150), k, bs, k0,
+        check_q4_backward(false, m, 1 + random_below(150), k, bs, k0,
                           t % 2 ? most : 2 + 2 * random_below(most / 2));
+        const int64_t step = bs > 32 ? 64 : 32, start = k0 / step * step;
+        const int64_t steps = (k - start < 256 ? k - start : 256) / step;
+        if (q4->backward_bf16)
+            check_q4_backward(true, m, 1 + random_below(300), k, bs, start,
+                              step * (t % 2 ? steps : 1 + random_below(steps)));
     }
     check_q4_linear("linear", &q4->linear, false, 3, 64, 4096, 4096, X_ONE_HOT);
     check_bf16_forms(48, 64, 4096, 64, X_NORMAL);
     check_bf16_forms(BNBQ_TILE_M, 40, 160, 32, X_NORMAL);
     check_q4_linear("linear", &q4->linear, false, BNBQ_TILE_M, 40, 160, 32, X_NORMAL);
-    check_q4_backward(BNBQ_TILE_M, 33, 512, 64, 256, 256);
+    for (int bf16 = 0; bf16 <= (q4->backward_bf16 != NULL); bf16++) {
+        check_q4_backward(bf16, BNBQ_TILE_M, 33, 512, 64, 256, 256);
+        check_q4_backward(bf16, 7, 1025, 512, 128, 0,
+                          192); /* what is decoded at once, many times */
+        check_q4_backward(bf16, 6, 1025, 288, 32, 0, 224);
+    }
 }
 
 /* ------------------------------------------------------------------ s8 */
@@ -544,21 +581,49 @@ static void check_s8_epilogue(int64_t m, int64_t rows, int64_t count) {
     check_canaries();
 }
 
-static void check_s8_backward(int64_t m, int64_t n, int64_t cols) {
-    CASE("s8 backward m %" PRId64 " n %" PRId64 " cols %" PRId64, m, n, cols);
+typedef struct s8_scales { /* of the rows of W: only the bf16 kernel scales them */
+    const float *absmax;
+    int64_t ld;
+} s8_scales;
+
+static void s8_backward(bool bf16, const float *gy, int64_t ldg, int64_t m, const int8_t *w,
+                        int64_t ldw, s8_scales scales, int64_t n, int64_t cols, float *gx,
+                        int64_t ldgx) {
+    if (bf16) {
+        int64_t ld;
+        const uint16_t *rows = gradient_bf16(gy, ldg, m, n, &ld);
+        s8->backward_bf16(rows, ld, m, w, ldw, scales.absmax, scales.ld, n, cols, gx, ldgx,
+                          backward_scratch());
+    } else {
+        s8->backward(gy, ldg, m, w, ldw, n, cols, gx, ldgx, backward_scratch());
+    }
+}
+
+static void check_s8_backward(bool bf16, int64_t m, int64_t n, int64_t cols) {
+    CASE("s8 backward%s m %" PRId64 " n %" PRId64 " cols %" PRId64, bf16 ? "_bf16" : "", m, n,
+         cols);
     const int64_t ldg = n + random_below(3), ldw = cols + random_below(20);
     const int64_t ldgx = cols + random_below(3) * 7, size = (n - 1) * ldw + cols;
+    const int64_t lds = 1 + random_below(3);
     int8_t *w = BYTES(W, size);
-    float *dense = FLOATS(WANT, size), *gy = gradient((m - 1) * ldg + n);
+    float *absmax = FLOATS(SCALES, (n - 1) * lds + 1);
+    float *dense = FLOATS(WANT, size), *gy = gradient((m - 1) * ldg + n, bf16);
     for (int64_t i = 0; i < size; i++)
         dense[i] = w[i] = (int8_t)random_bits();
+    for (int64_t r = 0; bf16 && r < n; r++) {
+        absmax[r * lds] = ldexpf(1.5f + uniform() / 2, (int)random_below(12) - 8);
+        s8_scalar->dequantize(w + r * ldw, cols, absmax[r * lds], dense + r * ldw);
+        for (int64_t c = 0; c < cols; c++)
+            dense[r * ldw + c] = to_bf16(dense[r * ldw + c]);
+    }
+    const s8_scales scales = {absmax, lds};
     float *gx = guarded(OUT, (size_t)((m - 1) * ldgx + cols) * 4, 64);
-    s8->backward(gy, ldg, m, w, ldw, n, cols, gx, ldgx, backward_scratch());
+    s8_backward(bf16, gy, ldg, m, w, ldw, scales, n, cols, gx, ldgx);
     check_gradient(gx, ldgx, m, cols, gy, ldg, n, dense, ldw);
     const int64_t i = random_below(m), from = cols / 3;
     float *alone = guarded(ALONE, (size_t)(cols - from) * 4, 64);
-    s8->backward(gy + i * ldg, ldg, 1, w + from, ldw, n, cols - from, alone, cols - from,
-                 backward_scratch());
+    s8_backward(bf16, gy + i * ldg, ldg, 1, w + from, ldw, scales, n, cols - from, alone,
+                cols - from);
     same("gx of one row, cut elsewhere", alone, gx + i * ldgx + from, (size_t)(cols - from) * 4);
     check_canaries();
 }
@@ -570,13 +635,15 @@ static void check_s8_products(int64_t random_cases) {
         const int64_t rows = t < 64 ? 1 + t : 1 + random_below(64);
         const int64_t k = t < 140 ? 1 + t : 1 + random_below(700);
         check_s8_linear(m, rows, k, t % 4 == 3 ? 1 + (int)(t / 4 % 2) : 0);
-        check_s8_backward(m, 1 + random_below(150), 1 + random_below(256));
+        for (int bf16 = 0; bf16 <= (s8->backward_bf16 != NULL); bf16++)
+            check_s8_backward(bf16, m, 1 + random_below(bf16 ? 300 : 150), 1 + random_below(256));
         check_s8_epilogue(m, rows, t < 64 ? 64 - t : 1 + random_below(BNBQ_OUTLIER_COLUMNS));
     }
     check_s8_linear(BNBQ_TILE_M, 64, 67, 0);
     check_s8_linear(2, 3, BNBQ_MAX_K_S8, 2);
     check_s8_linear(1, 17, 20000, 1);
-    check_s8_backward(BNBQ_TILE_M, 40, 256);
+    for (int bf16 = 0; bf16 <= (s8->backward_bf16 != NULL); bf16++)
+        check_s8_backward(bf16, BNBQ_TILE_M, 257, 256);
 }
 
 /* (2^24 + 1) - 2^24 is 0 in fp32 and 1 in any other order: sums go over n in ascending order. */

@@ -112,7 +112,8 @@ def test_avx512bf16(folder):
     skip_unless_found(CC)
     skip_unless_compiler_knows(CC, BF16)
     skip_unless_cpu_has("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
-    program = build(folder, "avx512bf16", {**BORROWED, "q4_avx512bf16": BF16}, "q4_avx512bf16", "s8_avx512vnni")
+    files = {**BORROWED, "q4_avx512bf16": BF16, "s8_avx512bf16": BF16}
+    program = build(folder, "avx512bf16", files, "q4_avx512bf16", "s8_avx512bf16")
     assert "q4 avx512bf16" in run([program])
 
 

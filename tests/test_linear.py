@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bnbq import ops
+from bnbq import _bnbq, ops
 from bnbq import reference as ref
 from cases import BLOCKSIZES, FLAT_SHAPES, FORMATS, SMALL_SHAPES, activations, weight
 
@@ -93,7 +93,8 @@ def test_linear8bitlt(m, n, k, dtype, threshold, isa):
     gy = torch.from_numpy(activations(m, n, seed=5)).to(dtype)
     gx = ops.linear8bitlt_backward(gy, torch.from_numpy(q), torch.from_numpy(absmax))
     dense, g64 = ref.dequantize_8bit(q, absmax).astype("f8"), gy.double().numpy()
-    assert_within(gx, g64 @ dense, np.abs(g64) @ np.abs(dense), n + 3)
+    extra = 2.0**-8 if dtype == torch.bfloat16 else 0.0  # as above
+    assert_within(gx, g64 @ dense, np.abs(g64) @ np.abs(dense), n + 3, extra)
 
 
 @pytest.mark.parametrize("m,n,k", SMALL_SHAPES)
@@ -133,6 +134,47 @@ def test_int8_per_block(m, n, k, blocksize, isa):
     dense = ref.dequantize_8bit(q, absmax, blocksize).astype("f8")
     gx = ops.linear8bitlt_backward(gy, q, absmax, blocksize=blocksize)
     assert_within(torch.from_numpy(gx), gy.astype("f8") @ dense, np.abs(gy).astype("f8") @ np.abs(dense), n + 3)
+
+
+HAS_BF16_BACKWARD = ("avx512bf16",)
+
+
+def views(gy):
+    """The same gradient as it may lie in memory."""
+    m, n = gy.shape
+    wide = torch.full((m, n + 3), torch.nan, dtype=gy.dtype)
+    wide[:, 1:n + 1] = gy
+    return {"plain": gy, "part of a wider one": wide[:, 1:n + 1], "transposed": gy.t().contiguous().t()}
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
+@pytest.mark.parametrize("m,n,k", [(1, 1, 64), (2, 40, 320), (6, 301, 64), (7, 33, 704), (70, 300, 192), (600, 19, 96)])
+def test_gradients_in_bf16_see_weights_rounded_once(m, n, k, invariant, isa):
+    """To no more than fp32 sums, so rounding any weight differently, or twice, shows."""
+    rounds = isa in HAS_BF16_BACKWARD and not invariant
+    gy = torch.from_numpy(activations(m, n)).bfloat16()
+    g64 = gy.double().numpy()
+
+    def check(gx, dense, sums):
+        dense = torch.from_numpy(dense).float()
+        dense = (dense.bfloat16() if rounds else dense).double().numpy()
+        assert_within(gx, g64 @ dense, np.abs(g64) @ np.abs(dense), sums)
+
+    _bnbq.set_batch_invariant(invariant)
+    try:
+        parts, settings, dense = packed(n, k, blocksize=32 if k % 64 else 64, double=True)
+        check(ops.linear4bit_backward(gy.float(), parts.qweight, parts.absmax, k, compute_dtype=torch.bfloat16, **settings),
+              dense, n)
+        for blocksize in (0, 32, 256):
+            q, absmax = (torch.from_numpy(a) for a in ref.quantize_8bit(weight(n, k), blocksize))
+            results = {}
+            for name, view in views(gy).items():
+                results[name] = torch.empty(m, k)
+                _bnbq.linear8bitlt_backward(view, q, absmax, results[name], blocksize)
+                assert torch.equal(results[name], results["plain"]), name
+            check(results["plain"], ref.dequantize_8bit(q.numpy(), absmax.numpy(), blocksize).astype("f8"), n + 3)
+    finally:
+        _bnbq.set_batch_invariant(False)
 
 
 def test_int8_extremes_do_not_saturate(isa):

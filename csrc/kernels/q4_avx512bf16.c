@@ -21,6 +21,7 @@
  * 41.3, prefetches in one burst before decoding 4.5 at m = 16, and 6 x 4 sums with the scaled ones
  * in memory as long as 3 x 4 in registers.
  */
+#include "backward_q4_avx512bf16.h"
 #include "blocking.h"
 #include "borrow_q4_avx512.h"
 #include "transpose_avx512.h"
@@ -449,4 +450,5 @@ const bnbq_q4_kernels bnbq_q4_avx512bf16 = {
     .bf16 = {{1, {packed_bytes_few, pack_few, scratch_bytes_few, linear_few}},
              {10, {packed_bytes_many, pack_many, scratch_bytes_many, linear_many}}},
     .backward = borrowed_backward_q4,
+    .backward_bf16 = backward_bf16_q4,
 };
