@@ -1,21 +1,20 @@
-/* backward_avx2.h - gx += gy . W for a few decoded rows of W: the backward product of both
- * families on AVX2.
- *
- * Lanes run along the columns, so a result is one chain of FMAs over n in ascending order whatever
- * m is; between calls it rests in gx, exactly. Three rows of gy times 32 columns take 12
- * accumulators, three broadcasts and a load: all sixteen registers.
+/* backward_avx2.h - gx += gy . W for a panel of decoded rows of W: the backward product of both
+ * families on AVX2. Three rows of gy times 32 columns take 12 accumulators, three broadcasts and a
+ * load: all sixteen registers.
  */
 #ifndef BNBQ_BACKWARD_AVX2_H
 #define BNBQ_BACKWARD_AVX2_H
 
-#include "blocking.h"
+#include "backward_blocking.h"
 
 #include <immintrin.h>
 #include <string.h>
 
 enum {
-    BACKWARD_ROWS = 64,  /* rows of W decoded at a time: 8 KB per panel */
+    BACKWARD_ROWS = 128, /* rows of W decoded at a time: 16 KB per panel */
     BACKWARD_PANEL = 32, /* columns */
+    BACKWARD_GROUP = 3,  /* rows of gy */
+    BACKWARD_AHEAD = 32, /* rows of W from a decoded one to the one that is prefetched */
 };
 
 /* gx[xs, BACKWARD_PANEL] (+)= gy[xs, n] . panel[n, BACKWARD_PANEL] */
@@ -56,25 +55,18 @@ static void backward_part(const float *gy, const float *panel, int64_t n, int64_
     memcpy(gx, part, (size_t)cols * sizeof *gx);
 }
 
-/* w: [ceil(cols / BACKWARD_PANEL)][BACKWARD_ROWS][BACKWARD_PANEL], n rows filled. */
-static inline void backward_rows(const float *gy, int64_t ldg, int64_t m, const float *w, int64_t n,
-                                 int64_t cols, bool first, float *gx, int64_t ldgx) {
-    for (int64_t c = 0; c < cols; c += BACKWARD_PANEL) {
-        const float *panel = w + c * BACKWARD_ROWS;
-        for (int64_t i = 0; i < m;) {
-            const float *g = gy + i * ldg;
-            float *out = gx + i * ldgx + c;
-            if (cols - c < BACKWARD_PANEL) {
-                backward_part(g, panel, n, cols - c, first, out);
-                i++;
-            } else if (m - i >= 3) {
-                backward_whole(3, g, ldg, panel, n, first, out, ldgx);
-                i += 3;
-            } else {
-                backward_whole(1, g, ldg, panel, n, first, out, ldgx);
-                i++;
-            }
-        }
+static void backward_panel_any(int64_t xs, const void *of, int64_t ldg, const void *panel,
+                               int64_t n, int64_t cols, bool first, float *gx, int64_t ldgx) {
+    const float *gy = of;
+    if (cols < BACKWARD_PANEL) {
+        for (int64_t i = 0; i < xs; i++)
+            backward_part(gy + i * ldg, panel, n, cols, first, gx + i * ldgx);
+        return;
+    }
+    switch (xs) {
+    case 1: backward_whole(1, gy, ldg, panel, n, first, gx, ldgx); break;
+    case 2: backward_whole(2, gy, ldg, panel, n, first, gx, ldgx); break;
+    default: backward_whole(3, gy, ldg, panel, n, first, gx, ldgx); break;
     }
 }
 

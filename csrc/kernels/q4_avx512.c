@@ -23,6 +23,7 @@
 #include "codes_avx512.h"
 
 #include <assert.h>
+#include <string.h>
 
 #if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512DQ__) ||                   \
     !defined(__AVX512VL__) || !defined(__FMA__)
@@ -285,33 +286,56 @@ static void linear_q4_avx512(const void *packed, int64_t m, const bnbq_q4_rows *
 
 /* ---------------------------------------------------------------- backward */
 
+typedef struct backward_weight {
+    const bnbq_q4_rows *w;
+    int64_t k0;
+} backward_weight;
+
+static void decode_panel(const void *of, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                         void *panel) {
+    const bnbq_q4_rows *w = ((const backward_weight *)of)->w;
+    const int64_t k0 = ((const backward_weight *)of)->k0 + col, blocks = w->k / w->blocksize;
+    const __m512 codebook = _mm512_loadu_ps(w->codebook);
+    const int shift = log2_of(w->blocksize);
+    float *out = panel;
+    for (int64_t r = row; r < row + rows; r++, out += BACKWARD_PANEL) {
+        const uint8_t *q = w->qweight + (r * w->k + k0) / 2;
+        const float *absmax = w->absmax + r * blocks;
+        _mm_prefetch((const char *)(q + BACKWARD_AHEAD * w->k / 2), _MM_HINT_T0);
+        _mm_prefetch((const char *)(absmax + BACKWARD_AHEAD * blocks + (k0 >> shift)), _MM_HINT_T0);
+        for (int64_t c = 0; c < cols; c += 32) {
+            __m512 table = _mm512_mul_ps(codebook, _mm512_set1_ps(absmax[(k0 + c) >> shift]));
+            if (cols - c >= 32)
+                decode32(q + c / 2, table, out + c);
+            else
+                decode_short(q + c / 2, cols - c, table, out + c);
+        }
+    }
+}
+
 static void backward_q4_avx512(const float *gy, int64_t ldg, int64_t m, const bnbq_q4_rows *w,
                                int64_t n, int64_t k0, int64_t cols, float *gx, int64_t ldgx,
                                void *scratch) {
     assert(m >= 1 && m <= BNBQ_TILE_M && k0 % 32 == 0 && cols >= 1 && cols <= BNBQ_TILE_K);
-    const __m512 codebook = _mm512_loadu_ps(w->codebook);
-    const int shift = log2_of(w->blocksize);
-    for (int64_t n0 = 0; n0 < n; n0 += BACKWARD_ROWS) {
-        int64_t rows = n - n0 < BACKWARD_ROWS ? n - n0 : BACKWARD_ROWS;
-        for (int64_t r = 0; r < rows; r++) {
-            const uint8_t *q = w->qweight + ((n0 + r) * w->k + k0) / 2;
-            for (int64_t b = 0; b < cols / 2; b += 64)
-                _mm_prefetch((const char *)q + BACKWARD_ROWS * w->k / 2 + b, _MM_HINT_T0);
-            const float *absmax = w->absmax + (n0 + r) * (w->k / w->blocksize);
-            for (int64_t c = 0; c < cols; c += 32) {
-                float *out = (float *)scratch +
-                             c / BACKWARD_PANEL * BACKWARD_PANEL * BACKWARD_ROWS +
-                             r * BACKWARD_PANEL + c % BACKWARD_PANEL;
-                __m512 scale = _mm512_set1_ps(absmax[(k0 + c) >> shift]);
-                __m512 table = _mm512_mul_ps(codebook, scale);
-                if (cols - c >= 32)
-                    decode32(q + c / 2, table, out);
-                else
-                    decode_short(q + c / 2, cols - c, table, out);
-            }
-        }
-        backward_rows(gy + n0, ldg, m, scratch, rows, cols, n0 == 0, gx, ldgx);
-    }
+    const backward_weight of = {w, k0};
+    const backward_product product = {
+        .gy = gy,
+        .gy_size = sizeof *gy,
+        .ldg = ldg,
+        .m = m,
+        .n = n,
+        .cols = cols,
+        .gx = gx,
+        .ldgx = ldgx,
+        .panel_rows = BACKWARD_ROWS,
+        .panel_cols = BACKWARD_PANEL,
+        .group = BACKWARD_GROUP,
+        .w = &of,
+        .decode = decode_panel,
+        .multiply = backward_panel_any,
+        .scratch = scratch,
+    };
+    run_backward(product);
 }
 
 const bnbq_q4_kernels bnbq_q4_avx512 = {

@@ -317,27 +317,44 @@ static void linear_s8_avx2(const void *packed, int64_t m, const int8_t *w, int64
 
 /* ---------------------------------------------------------------- backward */
 
+static void decode_panel(const void *of, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                         void *panel) {
+    const weight *weight = of;
+    float *out = panel;
+    for (int64_t r = row; r < row + rows; r++, out += BACKWARD_PANEL) {
+        const int8_t *w = weight->w + r * weight->ldw + col;
+        _mm_prefetch((const char *)w + BACKWARD_AHEAD * weight->ldw, _MM_HINT_T0);
+        for (int64_t c = 0; c < cols; c += 8) {
+            int8_t part[8] = {0};
+            if (cols - c < 8)
+                memcpy(part, w + c, (size_t)(cols - c));
+            _mm256_storeu_ps(out + c, widen8(cols - c < 8 ? part : w + c));
+        }
+    }
+}
+
 static void backward_s8_avx2(const float *gy, int64_t ldg, int64_t m, const int8_t *w, int64_t ldw,
                              int64_t n, int64_t cols, float *gx, int64_t ldgx, void *scratch) {
     assert(m >= 1 && m <= BNBQ_TILE_M && cols >= 1 && cols <= BNBQ_TILE_K);
-    for (int64_t n0 = 0; n0 < n; n0 += BACKWARD_ROWS) {
-        int64_t rows = n - n0 < BACKWARD_ROWS ? n - n0 : BACKWARD_ROWS;
-        for (int64_t r = 0; r < rows; r++) {
-            const int8_t *from = w + (n0 + r) * ldw;
-            for (int64_t b = 0; b < cols; b += 64)
-                _mm_prefetch((const char *)from + BACKWARD_ROWS * ldw + b, _MM_HINT_T0);
-            for (int64_t c = 0; c < cols; c += 8) {
-                float *out = (float *)scratch +
-                             c / BACKWARD_PANEL * BACKWARD_PANEL * BACKWARD_ROWS +
-                             r * BACKWARD_PANEL + c % BACKWARD_PANEL;
-                int8_t part[8] = {0};
-                if (cols - c < 8)
-                    memcpy(part, from + c, (size_t)(cols - c));
-                _mm256_storeu_ps(out, widen8(cols - c < 8 ? part : from + c));
-            }
-        }
-        backward_rows(gy + n0, ldg, m, scratch, rows, cols, n0 == 0, gx, ldgx);
-    }
+    const weight of = {w, ldw};
+    const backward_product product = {
+        .gy = gy,
+        .gy_size = sizeof *gy,
+        .ldg = ldg,
+        .m = m,
+        .n = n,
+        .cols = cols,
+        .gx = gx,
+        .ldgx = ldgx,
+        .panel_rows = BACKWARD_ROWS,
+        .panel_cols = BACKWARD_PANEL,
+        .group = BACKWARD_GROUP,
+        .w = &of,
+        .decode = decode_panel,
+        .multiply = backward_panel_any,
+        .scratch = scratch,
+    };
+    run_backward(product);
 }
 
 const bnbq_s8_kernels bnbq_s8_avx2 = {

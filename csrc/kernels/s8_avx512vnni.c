@@ -23,6 +23,7 @@
 #include "s8_epilogue.h"
 
 #include <assert.h>
+#include <string.h>
 
 #if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512DQ__) ||                   \
     !defined(__AVX512VL__) || !defined(__AVX512VNNI__) || !defined(__FMA__)
@@ -323,26 +324,43 @@ static void linear_s8_avx512(const void *packed, int64_t m, const int8_t *w, int
 
 /* ---------------------------------------------------------------- backward */
 
+static void decode_panel(const void *of, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                         void *panel) {
+    const weight *weight = of;
+    float *out = panel;
+    for (int64_t r = row; r < row + rows; r++, out += BACKWARD_PANEL) {
+        const int8_t *w = weight->w + r * weight->ldw + col;
+        _mm_prefetch((const char *)w + BACKWARD_AHEAD * weight->ldw, _MM_HINT_T0);
+        for (int64_t c = 0; c < cols; c += 16) {
+            __m128i codes = _mm_maskz_loadu_epi8(first16(cols - c), w + c);
+            _mm512_storeu_ps(out + c, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
+        }
+    }
+}
+
 static void backward_s8_avx512(const float *gy, int64_t ldg, int64_t m, const int8_t *w,
                                int64_t ldw, int64_t n, int64_t cols, float *gx, int64_t ldgx,
                                void *scratch) {
     assert(m >= 1 && m <= BNBQ_TILE_M && cols >= 1 && cols <= BNBQ_TILE_K);
-    for (int64_t n0 = 0; n0 < n; n0 += BACKWARD_ROWS) {
-        int64_t rows = n - n0 < BACKWARD_ROWS ? n - n0 : BACKWARD_ROWS;
-        for (int64_t r = 0; r < rows; r++) {
-            const int8_t *from = w + (n0 + r) * ldw;
-            for (int64_t b = 0; b < cols; b += 64)
-                _mm_prefetch((const char *)from + BACKWARD_ROWS * ldw + b, _MM_HINT_T0);
-            for (int64_t c = 0; c < cols; c += 16) {
-                float *out = (float *)scratch +
-                             c / BACKWARD_PANEL * BACKWARD_PANEL * BACKWARD_ROWS +
-                             r * BACKWARD_PANEL + c % BACKWARD_PANEL;
-                __m128i codes = _mm_maskz_loadu_epi8(first16(cols - c), from + c);
-                _mm512_storeu_ps(out, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
-            }
-        }
-        backward_rows(gy + n0, ldg, m, scratch, rows, cols, n0 == 0, gx, ldgx);
-    }
+    const weight of = {w, ldw};
+    const backward_product product = {
+        .gy = gy,
+        .gy_size = sizeof *gy,
+        .ldg = ldg,
+        .m = m,
+        .n = n,
+        .cols = cols,
+        .gx = gx,
+        .ldgx = ldgx,
+        .panel_rows = BACKWARD_ROWS,
+        .panel_cols = BACKWARD_PANEL,
+        .group = BACKWARD_GROUP,
+        .w = &of,
+        .decode = decode_panel,
+        .multiply = backward_panel_any,
+        .scratch = scratch,
+    };
+    run_backward(product);
 }
 
 const bnbq_s8_kernels bnbq_s8_avx512vnni = {
