@@ -7,10 +7,10 @@
  *
  * An instruction set is a row of functions: kernels/<family>_<isa>.c exports one const table
  * bnbq_<family>_<isa>. A row without a kernel of its own names the one it borrows; no slot is
- * NULL. Kernels have preconditions (asserted in debug builds), never errors: they do not allocate,
- * start threads, print or know Python. Each result depends only on the row of x and the rows of W
- * that define it, never on m, on the position in a batch or on how the front cut the work, except
- * that a front may choose another function of the table for another m.
+ * NULL unless it says so. Kernels have preconditions (asserted in debug builds), never errors: they
+ * do not allocate, start threads, print or know Python. Each result depends only on the row of x
+ * and the rows of W that define it, never on m, on the position in a batch or on how the front cut
+ * the work, except that a front may choose another function of the table for another m.
  *
  * Alignment: `packed`, `scratch` and `y` come 64-byte aligned; everything else is aligned to its
  * element only. Unless said, buffers do not overlap.
