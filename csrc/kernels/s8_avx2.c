@@ -317,6 +317,11 @@ static void linear_s8_avx2(const void *packed, int64_t m, const int8_t *w, int64
 
 /* ---------------------------------------------------------------- backward */
 
+typedef struct weight {
+    const int8_t *w;
+    int64_t ldw;
+} weight;
+
 static void decode_panel(const void *of, int64_t row, int64_t rows, int64_t col, int64_t cols,
                          void *panel) {
     const weight *weight = of;
