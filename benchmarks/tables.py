@@ -1,4 +1,4 @@
-"""Write the README's tables from the results files.
+"""Write the tables of README.md and benchmarks/README.md from the results files.
 
     python -m benchmarks.tables
 
@@ -318,15 +318,20 @@ PARTS = {
 }
 
 
-def render(readme: str) -> str:
-    """The README with its generated parts replaced."""
+PAGES = ["README.md", "benchmarks/README.md"]
+
+
+def render(page: str) -> str:
+    """A page with its generated parts replaced."""
     for name, part in PARTS.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        before, _, rest = readme.partition(begin)
-        readme = f"{before}{begin}{part()}\n{end}{rest.partition(end)[2]}"
-    return readme
+        before, found, rest = page.partition(begin)
+        if found:
+            page = f"{before}{begin}{part()}\n{end}{rest.partition(end)[2]}"
+    return page
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(render(path.read_text()))

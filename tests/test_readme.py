@@ -28,10 +28,11 @@ def test_examples_run_as_printed(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "model-nf4" / "config.json").exists()
 
 
-def test_files_that_the_readme_links_to_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+def test_files_that_a_page_links_to_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert ((ROOT / page).parent / target).exists(), target
 
 
 @pytest.fixture
@@ -43,8 +44,10 @@ def tables(monkeypatch):
 
 
 def test_tables_are_what_the_results_files_say(tables):
-    """`python -m benchmarks.tables` leaves the README as it is."""
-    assert tables.render(README) == README
+    """`python -m benchmarks.tables` leaves its pages as they are, and every part is on one of them."""
+    pages = [(ROOT / page).read_text() for page in tables.PAGES]
+    assert [tables.render(page) for page in pages] == pages
+    assert all(sum(f"<!-- {name}:begin -->" in page for page in pages) == 1 for name in tables.PARTS)
 
 
 def test_the_picture_is_of_the_run_that_the_tables_show(tables):
