@@ -290,11 +290,12 @@ static void free_result(DLManagedTensorVersioned *managed) {
 static DLManagedTensorVersioned *new_result(DLDataType dtype, const int64_t *shape, int ndim,
                                             size_t bytes) {
     enum { ALIGNMENT = 64 };
-    size_t head = sizeof(DLManagedTensorVersioned) + sizeof *shape * (size_t)ndim + ALIGNMENT;
+    size_t head = sizeof(DLManagedTensorVersioned) + 2 * sizeof *shape * (size_t)ndim + ALIGNMENT;
     DLManagedTensorVersioned *managed = malloc(head + bytes);
     if (managed == NULL)
         return NULL;
     char *end_of_head = (char *)managed + head;
+    int64_t *own_shape = (int64_t *)(managed + 1), *strides = own_shape + ndim, stride = 1;
     *managed = (DLManagedTensorVersioned){
         .version = {DLPACK_MAJOR, DLPACK_MINOR},
         .deleter = free_result,
@@ -302,9 +303,14 @@ static DLManagedTensorVersioned *new_result(DLDataType dtype, const int64_t *sha
                       .device = {DL_CPU, 0},
                       .ndim = ndim,
                       .dtype = dtype,
-                      .shape = (int64_t *)(managed + 1)},
+                      .shape = own_shape,
+                      .strides = strides},
     };
-    memcpy(managed->dl_tensor.shape, shape, sizeof *shape * (size_t)ndim);
+    for (int i = ndim - 1; i >= 0; i--) {
+        own_shape[i] = shape[i];
+        strides[i] = stride;
+        stride = (int64_t)((uint64_t)stride * (uint64_t)(shape[i] > 1 ? shape[i] : 1));
+    }
     return managed;
 }
 
