@@ -118,6 +118,13 @@ typedef struct bnbq_q4_kernels {
 
 enum { BNBQ_BACKWARD_SCRATCH = 128 * 1024 };
 
+/* Rows of one int8 weight. */
+typedef struct bnbq_s8_rows {
+    const int8_t *qweight; /* [rows, k] */
+    const float *absmax;   /* [rows, ceil(k / blocksize)] */
+    int64_t k, blocksize;
+} bnbq_s8_rows;
+
 typedef struct bnbq_s8_kernels {
     const char *isa;
     bnbq_isa level;
@@ -147,6 +154,13 @@ typedef struct bnbq_s8_kernels {
      * sums: f32[m, BNBQ_TILE_N]. decoded, sums: 64-byte aligned. */
     void (*add_outliers)(const float *value, int64_t ldv, int64_t m, const int64_t *place,
                          int64_t begin, int64_t count, const float *decoded, float *sums);
+    /* Both for many outlier columns and x of bf16: sums[m, rows] = value[m, count] . dequantised
+     * w[rows, columns]^T, each weight rounded to bf16 once; NULL: there is none. count >= 1 columns
+     * ascend; value is bf16 with row stride ldv and, if count is odd, a zero behind each row. sums
+     * has row stride BNBQ_TILE_N. scratch: BNBQ_BACKWARD_SCRATCH bytes. */
+    void (*multiply_outliers_bf16)(const uint16_t *value, int64_t ldv, int64_t m,
+                                   const bnbq_s8_rows *w, int64_t rows, const int64_t *columns,
+                                   int64_t count, float *sums, void *scratch);
     /* gx[m, cols] = gy[m, n] . w[n, cols], w: i8 with row stride ldw, sums in fp32 over n in
      * ascending order; 1 <= cols <= BNBQ_TILE_K, 1 <= m <= BNBQ_TILE_M. */
     void (*backward)(const float *gy, int64_t ldg, int64_t m, const int8_t *w, int64_t ldw,

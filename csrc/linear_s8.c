@@ -1,7 +1,7 @@
 /* linear_s8.c - op front: LLM.int8(), y = x . W^T + bias and gx = gy . W for an int8 weight.
  *
  * Forward:
- *   columns   which columns of x hold an outlier in any row; only several rows, not batch-invariant
+ *   columns   which columns of x hold an outlier in any row; not batch-invariant
  * and then, for each pass over the rows of x (bnbq_cut in fronts.h):
  *   quantize  every row of x by its own absmax to int8, into the kernel's packed form
  *   outliers  only if there are any: which elements of which rows stay float
@@ -10,6 +10,7 @@
  * Columns are cut where the scale of W changes and where int32 could overflow; a `span` below is
  * one such range of columns, and has a packed form of its own.
  */
+#include "float16.h"
 #include "fronts.h"
 #include "kernels.h"
 
@@ -23,10 +24,11 @@
 static const float inv127 = (float)(1.0 / 127);
 
 enum {
-    PACK_ROWS = 8,    /* rows of activations per task */
-    MIN_TILE_N = 32,  /* rows of W per tile, at least */
-    MIN_TILE_K = 256, /* columns per backward tile: narrower strips of W visit more pages */
-    STRETCH = 64,     /* elements of a row that are searched for outliers together */
+    PACK_ROWS = 8,      /* rows of activations per task */
+    MIN_TILE_N = 32,    /* rows of W per tile, at least */
+    MIN_TILE_K = 256,   /* columns per backward tile: narrower strips of W visit more pages */
+    STRETCH = 64,       /* elements of a row that are searched for outliers together */
+    MANY_OUTLIERS = 16, /* one of so many columns: their product may be in bf16 */
 };
 
 /* Columns that share a scale. */
@@ -50,6 +52,8 @@ typedef struct outliers {
     int64_t *place; /* [first[m]]; NULL: whole columns */
     float *value;   /* [first[m]] */
     int64_t *columns, count;
+    uint16_t *value_bf16; /* [m, ldv] instead of value, for the kernel that multiplies in bf16 */
+    int64_t ldv;
 } outliers;
 
 typedef struct forward {
@@ -59,6 +63,7 @@ typedef struct forward {
     const bnbq_s8_kernels *kernels;
     float threshold;
     bool whole_columns; /* an outlier makes one of its column in every row */
+    bool bf16;          /* and the kernel for many outlier columns of bf16 multiplies them */
     uint8_t *flags;     /* [k]: which columns those are */
     int64_t m0, m;      /* this pass: rows [m0, m0 + m) */
     bnbq_cut cut;
@@ -118,17 +123,27 @@ static bool flag_columns(forward *op) {
         if (op->flags[c])
             op->out.columns[op->out.count++] = c;
     op->whole_columns = op->out.count > 0; /* without any the rule per row finds none either */
+    /* A few are faster, and more exact, in fp32. */
+    op->bf16 = op->whole_columns && op->x.dtype == BNBQ_BF16 &&
+               op->kernels->multiply_outliers_bf16 && op->out.count >= k / MANY_OUTLIERS;
+    op->out.ldv = op->out.count + (op->bf16 ? op->out.count % 2 : 0);
     return true;
 }
 
 /* Row i: its elements in outlier columns go to their list and are Inf for the kernel, which knows
  * outliers by their value. */
 static void take_columns(const forward *op, int64_t i, float *x) {
-    float *value = op->out.value + i * op->out.count;
-    for (int64_t p = 0; p < op->out.count; p++) {
-        value[p] = x[op->out.columns[p]];
-        x[op->out.columns[p]] = INFINITY;
+    const outliers *out = &op->out;
+    for (int64_t p = 0; p < out->count; p++) {
+        float *element = x + out->columns[p];
+        if (op->bf16)
+            out->value_bf16[i * out->ldv + p] = bnbq_f32_to_bf16(*element);
+        else
+            out->value[i * out->ldv + p] = *element;
+        *element = INFINITY;
     }
+    if (op->bf16 && out->count % 2)
+        out->value_bf16[i * out->ldv + out->count] = 0;
 }
 
 static bool quantize_task(void *context, int64_t task) {
@@ -252,18 +267,16 @@ static void multiply(const forward *op, int64_t part, int64_t n0, int64_t rows, 
     }
 }
 
-/* y += the float product of a part's outliers with a tile. sums: f32[m, BNBQ_TILE_N]. A row adds up
- * its own outliers in ascending columns, whatever other rows have. The weight is dequantised first:
- * x * q could overflow where the float layer's product does not. */
-static void add_outliers(const forward *op, int64_t part, int64_t n0, int64_t rows, float *y,
-                         float *sums) {
+/* sums[m, BNBQ_TILE_N] = the float product of a part's outliers with a tile. A row adds up its own
+ * outliers in ascending columns, whatever other rows have. The weight is dequantised first: x * q
+ * could overflow where the float layer's product does not. */
+static void multiply_outliers_f32(const forward *op, int64_t part, int64_t n0, int64_t rows,
+                                  float *sums) {
     const outliers *out = &op->out;
     const bnbq_weight8 *w = op->w;
     int64_t m0 = part * op->cut.part_rows, m = part_size(op, part);
     int64_t block = block_of(w), blocks = bnbq_ceil_div(w->k, block);
     const int64_t *first = out->first + m0;
-    if (first[0] == first[m])
-        return;
     memset(sums, 0, (size_t)(m * BNBQ_TILE_N) * sizeof *sums);
     int64_t cursor[BNBQ_TILE_M];
     memcpy(cursor, first, (size_t)m * sizeof *cursor);
@@ -294,6 +307,26 @@ static void add_outliers(const forward *op, int64_t part, int64_t n0, int64_t ro
             cursor[i] += count;
         }
     }
+}
+
+/* y += that product. */
+static void add_outliers(const forward *op, int64_t part, int64_t n0, int64_t rows, float *y,
+                         float *sums, void *scratch) {
+    const outliers *out = &op->out;
+    const bnbq_weight8 *w = op->w;
+    int64_t m0 = part * op->cut.part_rows, m = part_size(op, part);
+    const int64_t *first = out->first + m0;
+    if (first[0] == first[m])
+        return;
+    if (op->bf16) {
+        const int64_t blocks = bnbq_ceil_div(w->k, block_of(w));
+        const bnbq_s8_rows tile = {w->qweight + n0 * w->k, w->absmax + n0 * blocks, w->k,
+                                   block_of(w)};
+        op->kernels->multiply_outliers_bf16(out->value_bf16 + m0 * out->ldv, out->ldv, m, &tile,
+                                            rows, out->columns, out->count, sums, scratch);
+    } else {
+        multiply_outliers_f32(op, part, n0, rows, sums);
+    }
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; first[i] < first[i + 1] && j < rows; j++)
             y[i * BNBQ_TILE_N + j] += sums[i * BNBQ_TILE_N + j];
@@ -305,7 +338,8 @@ static bool tile_task(void *context, int64_t task) {
     int64_t m = part_size(op, part), rows = bnbq_min(op->cut.tile_cols, op->w->n - n0);
     int64_t k = op->w->k, size = m * BNBQ_TILE_N;
     bool needs_longs = block_of(op->w) > BNBQ_MAX_K_S8;
-    size_t scratch_bytes = 0; /* of the longest span, and of the last one, which may be shorter */
+    /* Of the longest span, and of the last one, which may be shorter. */
+    size_t scratch_bytes = op->bf16 ? BNBQ_BACKWARD_SCRATCH : 0;
     for (int64_t start = 0; start < k; start += span_at(op->w, start)) {
         size_t bytes = op->kernels->scratch_bytes(m, span_at(op->w, start));
         scratch_bytes = bytes > scratch_bytes ? bytes : scratch_bytes;
@@ -316,7 +350,7 @@ static bool tile_task(void *context, int64_t task) {
         return false;
     int32_t *ints = (int32_t *)(y + size);
     multiply(op, part, n0, rows, y, ints, (int64_t *)(y + 2 * size), scratch);
-    add_outliers(op, part, n0, rows, y, (float *)ints);
+    add_outliers(op, part, n0, rows, y, (float *)ints, scratch);
 
     float bias_scratch[BNBQ_TILE_N];
     const float *bias = op->has_bias ? bnbq_load(&op->bias, 0, n0, rows, bias_scratch) : NULL;
@@ -338,9 +372,11 @@ static bool run_pass(forward *op) {
     op->packed = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)op->cut.parts * op->part_bytes);
     op->out.first = bnbq_scratch(BNBQ_SCRATCH_ABSMAX, (size_t)(op->m + 1) * sizeof(int64_t) +
                                                           (size_t)op->m * sizeof(float));
-    if (op->whole_columns)
-        op->out.value =
-            bnbq_scratch(BNBQ_SCRATCH_EXTRA, (size_t)(op->m * op->out.count) * sizeof(float));
+    if (op->whole_columns) {
+        op->out.value = bnbq_scratch(BNBQ_SCRATCH_EXTRA, (size_t)(op->m * op->out.ldv) *
+                                                             (op->bf16 ? 2 : sizeof(float)));
+        op->out.value_bf16 = (uint16_t *)op->out.value;
+    }
     if (!op->packed || !op->out.first || (op->whole_columns && !op->out.value))
         return false;
     op->out.first[0] = 0;
@@ -363,7 +399,7 @@ bnbq_status bnbq_linear_8bit(const bnbq_tensor *x, const bnbq_weight8 *w, const 
         return BNBQ_OK;
     if (bias)
         op.bias = bnbq_view_rows(bias);
-    if (m > 1 && threshold > 0 && !bnbq_batch_invariant() && !flag_columns(&op))
+    if (threshold > 0 && !bnbq_batch_invariant() && !flag_columns(&op))
         return BNBQ_NO_MEMORY;
     int64_t step = bnbq_pass_rows(m, w->k, BNBQ_PASS_ELEMENTS);
     for (op.m0 = 0; op.m0 < m; op.m0 += step) {

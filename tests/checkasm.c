@@ -628,6 +628,53 @@ static void check_s8_backward(bool bf16, int64_t m, int64_t n, int64_t cols) {
     check_canaries();
 }
 
+static void multiply_outliers(const float *value, int64_t ldv, int64_t m, const bnbq_s8_rows *w,
+                              int64_t rows, const int64_t *columns, int64_t count, float *sums) {
+    int64_t ld;
+    const uint16_t *bf16 = gradient_bf16(value, ldv, m, count, &ld);
+    s8->multiply_outliers_bf16(bf16, ld, m, w, rows, columns, count, sums, backward_scratch());
+}
+
+static void check_s8_outliers(int64_t m, int64_t rows, int64_t k, int64_t blocksize) {
+    enum { N = BNBQ_TILE_N };
+    CASE("s8 multiply_outliers_bf16 m %" PRId64 " rows %" PRId64 " k %" PRId64 " blocksize %" PRId64,
+         m, rows, k, blocksize);
+    const int64_t blocks = (k + blocksize - 1) / blocksize, share = 1 + random_below(20);
+    int8_t *q = BYTES(W, rows * k);
+    float *absmax = FLOATS(SCALES, rows * blocks);
+    for (int64_t i = 0; i < rows * k; i++)
+        q[i] = (int8_t)random_bits();
+    for (int64_t i = 0; i < rows * blocks; i++)
+        absmax[i] = ldexpf(1.5f + uniform() / 2, (int)random_below(12) - 8);
+    int64_t *columns = guarded(WANT2, (size_t)k * 8, 8), count = 0;
+    for (int64_t c = 0; c < k; c++)
+        if (random_below(share) == 0 || (c == k - 1 && count == 0))
+            columns[count++] = c;
+    float *dense = FLOATS(WANT, count * rows); /* [count, rows] */
+    for (int64_t p = 0; p < count; p++)
+        for (int64_t j = 0; j < rows; j++) {
+            const int64_t c = columns[p];
+            s8_scalar->dequantize(q + j * k + c, 1, absmax[j * blocks + c / blocksize],
+                                  dense + p * rows + j);
+            dense[p * rows + j] = to_bf16(dense[p * rows + j]);
+        }
+    const bnbq_s8_rows w = {q, absmax, k, blocksize};
+    float *value = gradient(m * count, true);
+    float *sums = guarded(OUT, (size_t)((m - 1) * N + rows) * 4, 64);
+    multiply_outliers(value, count, m, &w, rows, columns, count, sums);
+    check_gradient(sums, N, m, rows, value, count, count, dense, rows);
+    const int64_t i = random_below(m), j = random_below(rows);
+    float *alone = guarded(ALONE, (size_t)rows * 4, 64);
+    multiply_outliers(value + i * count, count, 1, &w, rows, columns, count, alone);
+    same("sums of a row alone", alone, sums + i * N, (size_t)rows * 4);
+    const bnbq_s8_rows one = {q + j * k, absmax + j * blocks, k, blocksize};
+    alone = guarded(ALONE, (size_t)((m - 1) * N + 1) * 4, 64);
+    multiply_outliers(value, count, m, &one, 1, columns, count, alone);
+    for (int64_t r = 0; r < m; r++)
+        same("sums of one row of W alone", alone + r * N, sums + r * N + j, 4);
+    check_canaries();
+}
+
 static void check_s8_products(int64_t random_cases) {
     static const int64_t ms[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17, 31, 33, 65};
     for (int64_t t = 0; t < random_cases; t++) {
@@ -638,7 +685,11 @@ static void check_s8_products(int64_t random_cases) {
         for (int bf16 = 0; bf16 <= (s8->backward_bf16 != NULL); bf16++)
             check_s8_backward(bf16, m, 1 + random_below(bf16 ? 300 : 150), 1 + random_below(256));
         check_s8_epilogue(m, rows, t < 64 ? 64 - t : 1 + random_below(BNBQ_OUTLIER_COLUMNS));
+        if (s8->multiply_outliers_bf16)
+            check_s8_outliers(m, rows, k, t % 3 ? k : 32 << t % 4);
     }
+    if (s8->multiply_outliers_bf16)
+        check_s8_outliers(BNBQ_TILE_M, 64, 4099, 4099);
     check_s8_linear(BNBQ_TILE_M, 64, 67, 0);
     check_s8_linear(2, 3, BNBQ_MAX_K_S8, 2);
     check_s8_linear(1, 17, 20000, 1);

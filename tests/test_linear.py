@@ -72,11 +72,19 @@ def test_more_rows_than_a_tile_and_than_a_chunk(isa, threads):
     assert_within(y, x.astype("f8") @ dense.T, np.abs(x).astype("f8") @ np.abs(dense).T, k)
 
 
-def expected_8bit(x, q, absmax, bias, threshold, blocksize, rule=ref.outliers_per_column):
-    y = ref.linear_8bit(x, q, absmax, bias, threshold, blocksize, rule)
+BF16_PRODUCTS_OF_INT8 = ("avx512bf16",)
+
+
+def expected_8bit(x, q, absmax, bias, threshold, blocksize, rule=ref.outliers_per_column, many_in_bf16=False):
+    """many_in_bf16: where one column in 16 is an outlier, the weights that they meet are rounded to bf16 once."""
+    y = ref.linear_8bit(x, q, absmax, bias, threshold, blocksize, rule).astype("f8")
     mask = rule(x, threshold)
-    size = np.where(mask, np.abs(x), 0).astype("f8") @ np.abs(ref.dequantize_8bit(q, absmax, blocksize)).astype("f8").T
-    return y.astype("f8"), size, mask.sum(1).max(initial=0)
+    dense = ref.dequantize_8bit(q, absmax, blocksize).astype("f8")
+    floats = np.where(mask, x, 0).astype("f8")
+    if many_in_bf16 and threshold > 0 and mask.any(0).sum() >= x.shape[1] // 16:
+        rounded = torch.from_numpy(dense).bfloat16().double().numpy()
+        y += floats @ (rounded - dense).T
+    return y, np.abs(floats) @ np.abs(dense).T, mask.sum(1).max(initial=0)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
@@ -87,7 +95,8 @@ def test_linear8bitlt(m, n, k, dtype, threshold, isa):
     x = torch.from_numpy(activations(m, k, outliers=3)).to(dtype)
     bias = torch.from_numpy(activations(1, n)[0]).to(dtype)
     y = ops.linear8bitlt(x, torch.from_numpy(q), torch.from_numpy(absmax), bias, threshold=threshold)
-    want, size, outliers = expected_8bit(x.float().numpy(), q, absmax, bias.float().numpy(), threshold, 0)
+    want, size, outliers = expected_8bit(x.float().numpy(), q, absmax, bias.float().numpy(), threshold, 0,
+                                         many_in_bf16=dtype == torch.bfloat16 and isa in BF16_PRODUCTS_OF_INT8)
     # The int8 part is bit-exact; only the outliers' sum and the three-term sum may round differently.
     assert_within(y, want, size + 4 * np.abs(want), outliers + 2)
     gy = torch.from_numpy(activations(m, n, seed=5)).to(dtype)
@@ -136,7 +145,31 @@ def test_int8_per_block(m, n, k, blocksize, isa):
     assert_within(torch.from_numpy(gx), gy.astype("f8") @ dense, np.abs(gy).astype("f8") @ np.abs(dense), n + 3)
 
 
-HAS_BF16_BACKWARD = ("avx512bf16",)
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
+@pytest.mark.parametrize("k,blocksize", [(4096, 0), (4096, 256), (999, 0), (960, 32)])
+@pytest.mark.parametrize("share", [0, 1, 6, 41, 62, 63, 1638])
+def test_many_outliers_of_bf16_see_weights_rounded_once(share, k, blocksize, invariant, isa):
+    """To no more than fp32 sums, so rounding any weight differently, or a few outliers at all, shows."""
+    n = 70
+    rounds = isa in BF16_PRODUCTS_OF_INT8 and not invariant
+    q, absmax = ref.quantize_8bit(weight(n, k), blocksize)
+    x = np.clip(activations(70, k), -5, 5)
+    columns = np.random.default_rng(share).permutation(k)[:share]
+    x[:, columns] += 20 * np.sign(x[:, columns])
+    x = torch.from_numpy(x).bfloat16()
+    parts = torch.from_numpy(q), torch.from_numpy(absmax)
+    want, size, outliers = expected_8bit(x.float().numpy(), q, absmax, None, 6.0, blocksize, many_in_bf16=rounds)
+    _bnbq.set_batch_invariant(invariant)
+    try:
+        y = torch.empty(70, n)
+        _bnbq.linear8bitlt(x, *parts, None, y, 6.0, blocksize)
+        assert_within(y, want, size + 4 * np.abs(want), outliers + k // (blocksize or k) + 2)
+        for rows in (slice(0, 1), slice(5, 11), slice(63, 70)):
+            few = torch.empty(rows.stop - rows.start, n)
+            _bnbq.linear8bitlt(x[rows], *parts, None, few, 6.0, blocksize)
+            assert torch.equal(few, y[rows])
+    finally:
+        _bnbq.set_batch_invariant(False)
 
 
 def views(gy):
@@ -151,7 +184,7 @@ def views(gy):
 @pytest.mark.parametrize("m,n,k", [(1, 1, 64), (2, 40, 320), (6, 301, 64), (7, 33, 704), (70, 300, 192), (600, 19, 96)])
 def test_gradients_in_bf16_see_weights_rounded_once(m, n, k, invariant, isa):
     """To no more than fp32 sums, so rounding any weight differently, or twice, shows."""
-    rounds = isa in HAS_BF16_BACKWARD and not invariant
+    rounds = isa in BF16_PRODUCTS_OF_INT8 and not invariant
     gy = torch.from_numpy(activations(m, n)).bfloat16()
     g64 = gy.double().numpy()
 
@@ -203,6 +236,18 @@ def test_non_finite_activations_of_int8(threshold, isa):
     q, absmax = ref.quantize_8bit(np.abs(weight(9, 128)) + 1)
     y = ops.linear8bitlt(x, q, absmax, threshold=threshold)
     assert np.isfinite(y[[0, 3]]).all() and np.isnan(y[1]).all() and np.isposinf(y[2]).all()
+
+
+@pytest.mark.parametrize("columns", [40, 41])
+def test_non_finite_activations_among_many_outliers(columns, isa):
+    """Inf in the last outlier column: what an odd column is paired with must not turn it into NaN."""
+    x = np.clip(activations(4, 128), -5, 5)
+    x[:, :columns] = 30
+    x[1, 5], x[2, columns - 1], x[3, columns - 1] = np.nan, np.inf, -np.inf
+    q, absmax = ref.quantize_8bit(np.abs(weight(9, 128)) + 1)
+    x = torch.from_numpy(x).bfloat16()
+    y = ops.linear8bitlt(x, torch.from_numpy(q), torch.from_numpy(absmax)).float().numpy()
+    assert np.isfinite(y[0]).all() and np.isnan(y[1]).all() and np.isposinf(y[2]).all() and np.isneginf(y[3]).all()
 
 
 def test_large_activations_do_not_overflow(isa):
