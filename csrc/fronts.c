@@ -112,8 +112,8 @@ const float *bnbq_load(const bnbq_view *view, int64_t row, int64_t col, int64_t 
     return scratch;
 }
 
-void bnbq_store(const bnbq_view *view, int64_t row, int64_t col, int64_t count, const float *src) {
-    const bnbq_edge_kernels *edge = bnbq_edge();
+static void store(const bnbq_edge_kernels *edge, const bnbq_view *view, int64_t row, int64_t col,
+                  int64_t count, const float *src) {
     char *dst = element(view, row, col);
     if (view->col_stride == 1) {
         edge->narrow(src, count, view->dtype, dst);
@@ -126,6 +126,14 @@ void bnbq_store(const bnbq_view *view, int64_t row, int64_t col, int64_t count, 
         edge->narrow(src + i, part, view->dtype, piece);
         scatter(piece, view->col_stride, part, size, dst + i * view->col_stride * (int64_t)size);
     }
+}
+
+/* Finding the kernels takes about as long as storing the row of a tile. */
+void bnbq_store_rows(const bnbq_view *view, int64_t row, int64_t rows, int64_t col, int64_t count,
+                     const float *src, int64_t lds) {
+    const bnbq_edge_kernels *edge = bnbq_edge();
+    for (int64_t i = 0; i < rows; i++)
+        store(edge, view, row + i, col, count, src + i * lds);
 }
 
 /* Whole rows of a transposed matrix, whose elements are neighbours down the columns. Through a
@@ -180,10 +188,11 @@ const float *bnbq_load_flat(const bnbq_view *view, int64_t start, int64_t count,
 }
 
 void bnbq_store_flat(const bnbq_view *view, int64_t start, int64_t count, const float *src) {
+    const bnbq_edge_kernels *edge = bnbq_edge();
     int64_t row = start / view->cols, col = start % view->cols;
     for (int64_t i = 0; i < count; row++, col = 0) {
         int64_t part = bnbq_min(view->cols - col, count - i);
-        bnbq_store(view, row, col, part, src + i);
+        store(edge, view, row, col, part, src + i);
         i += part;
     }
 }

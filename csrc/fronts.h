@@ -28,8 +28,10 @@ bnbq_view bnbq_view_flat(const bnbq_tensor *tensor);
  * otherwise `scratch`, f32[count], filled. */
 const float *bnbq_load(const bnbq_view *view, int64_t row, int64_t col, int64_t count,
                        float *scratch);
-void bnbq_store(const bnbq_view *view, int64_t row, int64_t col, int64_t count, const float *src);
-/* The same for elements [start, start + count) in row-major order. */
+/* Into those columns of rows [row, row + rows), from src with row stride lds. */
+void bnbq_store_rows(const bnbq_view *view, int64_t row, int64_t rows, int64_t col, int64_t count,
+                     const float *src, int64_t lds);
+/* Elements [start, start + count) in row-major order. */
 const float *bnbq_load_flat(const bnbq_view *view, int64_t start, int64_t count, float *scratch);
 void bnbq_store_flat(const bnbq_view *view, int64_t start, int64_t count, const float *src);
 /* Rows lie side by side: many of them are best loaded in one go. */

@@ -88,12 +88,10 @@ static void store_tile(const forward *op, float *tile, int64_t m0, int64_t m, in
                        int64_t rows) {
     float scratch[BNBQ_TILE_N];
     const float *bias = op->has_bias ? bnbq_load(&op->bias, 0, n0, rows, scratch) : NULL;
-    for (int64_t i = 0; i < m; i++) {
-        float *y = tile + i * BNBQ_TILE_N;
-        for (int64_t j = 0; bias && j < rows; j++)
-            y[j] += bias[j];
-        bnbq_store(&op->y, op->m0 + m0 + i, n0, rows, y);
-    }
+    for (int64_t i = 0; bias && i < m; i++)
+        for (int64_t j = 0; j < rows; j++)
+            tile[i * BNBQ_TILE_N + j] += bias[j];
+    bnbq_store_rows(&op->y, op->m0 + m0, m, n0, rows, tile, BNBQ_TILE_N);
 }
 
 static bool tile_task(void *context, int64_t task) {
@@ -265,8 +263,7 @@ static bool backward_task(void *context, int64_t task) {
                               scratch);
     else
         flat_backward(op, op->g + m0 * w->n, m, k0, cols, tile, scratch);
-    for (int64_t i = 0; i < m; i++)
-        bnbq_store(&op->gx, op->m0 + m0 + i, k0, cols, tile + i * BNBQ_TILE_K);
+    bnbq_store_rows(&op->gx, op->m0 + m0, m, k0, cols, tile, BNBQ_TILE_K);
     return true;
 }
 

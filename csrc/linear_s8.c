@@ -354,12 +354,10 @@ static bool tile_task(void *context, int64_t task) {
 
     float bias_scratch[BNBQ_TILE_N];
     const float *bias = op->has_bias ? bnbq_load(&op->bias, 0, n0, rows, bias_scratch) : NULL;
-    for (int64_t i = 0; i < m; i++) {
-        float *row = y + i * BNBQ_TILE_N;
-        for (int64_t j = 0; bias && j < rows; j++)
-            row[j] += bias[j];
-        bnbq_store(&op->y, op->m0 + part * op->cut.part_rows + i, n0, rows, row);
-    }
+    for (int64_t i = 0; bias && i < m; i++)
+        for (int64_t j = 0; j < rows; j++)
+            y[i * BNBQ_TILE_N + j] += bias[j];
+    bnbq_store_rows(&op->y, op->m0 + part * op->cut.part_rows, m, n0, rows, y, BNBQ_TILE_N);
     return true;
 }
 
@@ -495,8 +493,7 @@ static bool backward_task(void *context, int64_t task) {
                                    scratch);
     else if (!multiply_f32(op, m0, m, block, k0, cols, gx, scratch))
         return false;
-    for (int64_t i = 0; i < m; i++)
-        bnbq_store(&op->gx, op->m0 + m0 + i, k0, cols, gx + i * BNBQ_TILE_K);
+    bnbq_store_rows(&op->gx, op->m0 + m0, m, k0, cols, gx, BNBQ_TILE_K);
     return true;
 }
 
