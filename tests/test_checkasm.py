@@ -26,7 +26,7 @@ VNNI = [*AVX512, "-mavx512vnni"]
 BF16 = [*VNNI, "-mavx512bf16"]
 AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 SCALAR = {"edge_scalar": [], "q4_scalar": [], "s8_scalar": []}
-BORROWED = {"q4_avx512": AVX512, "s8_avx512vnni": VNNI}  # by the AMX tables
+BORROWED = {"q4_avx512": AVX512, "s8_avx512vnni": VNNI}  # by the tables of BF16 and AMX
 
 pytestmark = pytest.mark.skipif(not KERNELS.is_dir(), reason="no sources here (an installed package)")
 
@@ -126,7 +126,7 @@ def skip_unless_amx_can_be_emulated():
 def test_amx_with_tiles_in_c(folder):
     skip_unless_amx_can_be_emulated()
     emulated = [*BF16, "-DBNBQ_AMX_EMULATED"]
-    program = build(folder, "amx-c", {**BORROWED, "q4_amx": emulated, "s8_amx": emulated}, "q4_amx", "s8_amx")
+    program = build(folder, "amx-c", {**BORROWED, "s8_avx512bf16": BF16, "q4_amx": emulated, "s8_amx": emulated}, "q4_amx", "s8_amx")
     assert "q4 amx (needs 0xf)" in run([program])  # without the bit of AMX
 
 
@@ -134,7 +134,8 @@ def test_amx_with_tiles_in_c(folder):
 def amx_program(folder):
     skip_unless_amx_can_be_emulated()
     skip_unless_compiler_knows(CC, AMX)
-    return build(folder, "amx", {**BORROWED, "q4_amx": BF16 + AMX, "s8_amx": BF16 + AMX}, "q4_amx", "s8_amx",
+    files = {**BORROWED, "s8_avx512bf16": BF16, "q4_amx": BF16 + AMX, "s8_amx": BF16 + AMX}
+    return build(folder, "amx", files, "q4_amx", "s8_amx",
                  extra=["-DCHECK_TILES_RELEASED"], sources=[(TESTS / "amx_trap.c", BF16)])
 
 

@@ -72,7 +72,8 @@ def test_more_rows_than_a_tile_and_than_a_chunk(isa, threads):
     assert_within(y, x.astype("f8") @ dense.T, np.abs(x).astype("f8") @ np.abs(dense).T, k)
 
 
-BF16_PRODUCTS_OF_INT8 = ("avx512bf16",)
+HAS_BF16_OUTLIERS = ("avx512bf16", "amx")
+HAS_BF16_BACKWARD = ("avx512bf16",)
 
 
 def expected_8bit(x, q, absmax, bias, threshold, blocksize, rule=ref.outliers_per_column, many_in_bf16=False):
@@ -96,7 +97,7 @@ def test_linear8bitlt(m, n, k, dtype, threshold, isa):
     bias = torch.from_numpy(activations(1, n)[0]).to(dtype)
     y = ops.linear8bitlt(x, torch.from_numpy(q), torch.from_numpy(absmax), bias, threshold=threshold)
     want, size, outliers = expected_8bit(x.float().numpy(), q, absmax, bias.float().numpy(), threshold, 0,
-                                         many_in_bf16=dtype == torch.bfloat16 and isa in BF16_PRODUCTS_OF_INT8)
+                                         many_in_bf16=dtype == torch.bfloat16 and isa in HAS_BF16_OUTLIERS)
     # The int8 part is bit-exact; only the outliers' sum and the three-term sum may round differently.
     assert_within(y, want, size + 4 * np.abs(want), outliers + 2)
     gy = torch.from_numpy(activations(m, n, seed=5)).to(dtype)
@@ -146,25 +147,25 @@ def test_int8_per_block(m, n, k, blocksize, isa):
 
 
 @pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
-@pytest.mark.parametrize("k,blocksize", [(4096, 0), (4096, 256), (999, 0), (960, 32)])
-@pytest.mark.parametrize("share", [0, 1, 6, 41, 62, 63, 1638])
-def test_many_outliers_of_bf16_see_weights_rounded_once(share, k, blocksize, invariant, isa):
+@pytest.mark.parametrize("m,k,blocksize", [(70, 4096, 0), (200, 4096, 256), (70, 999, 0), (600, 960, 32)])
+@pytest.mark.parametrize("count", [0, 1, 6, 41, 62, 63, 1638])
+def test_many_outliers_of_bf16_see_weights_rounded_once(count, m, k, blocksize, invariant, isa):
     """To no more than fp32 sums, so rounding any weight differently, or a few outliers at all, shows."""
     n = 70
-    rounds = isa in BF16_PRODUCTS_OF_INT8 and not invariant
+    rounds = isa in HAS_BF16_OUTLIERS and not invariant
     q, absmax = ref.quantize_8bit(weight(n, k), blocksize)
-    x = np.clip(activations(70, k), -5, 5)
-    columns = np.random.default_rng(share).permutation(k)[:share]
+    x = np.clip(activations(m, k), -5, 5)
+    columns = np.random.default_rng(count).permutation(k)[:count]
     x[:, columns] += 20 * np.sign(x[:, columns])
     x = torch.from_numpy(x).bfloat16()
     parts = torch.from_numpy(q), torch.from_numpy(absmax)
     want, size, outliers = expected_8bit(x.float().numpy(), q, absmax, None, 6.0, blocksize, many_in_bf16=rounds)
     _bnbq.set_batch_invariant(invariant)
     try:
-        y = torch.empty(70, n)
+        y = torch.empty(m, n)
         _bnbq.linear8bitlt(x, *parts, None, y, 6.0, blocksize)
         assert_within(y, want, size + 4 * np.abs(want), outliers + k // (blocksize or k) + 2)
-        for rows in (slice(0, 1), slice(5, 11), slice(63, 70)):
+        for rows in (slice(0, 1), slice(5, 11), slice(m - 7, m)):
             few = torch.empty(rows.stop - rows.start, n)
             _bnbq.linear8bitlt(x[rows], *parts, None, few, 6.0, blocksize)
             assert torch.equal(few, y[rows])
@@ -184,7 +185,7 @@ def views(gy):
 @pytest.mark.parametrize("m,n,k", [(1, 1, 64), (2, 40, 320), (6, 301, 64), (7, 33, 704), (70, 300, 192), (600, 19, 96)])
 def test_gradients_in_bf16_see_weights_rounded_once(m, n, k, invariant, isa):
     """To no more than fp32 sums, so rounding any weight differently, or twice, shows."""
-    rounds = isa in BF16_PRODUCTS_OF_INT8 and not invariant
+    rounds = isa in HAS_BF16_BACKWARD and not invariant
     gy = torch.from_numpy(activations(m, n)).bfloat16()
     g64 = gy.double().numpy()
 

@@ -165,6 +165,13 @@ static void dequantize_s8_amx(const int8_t *q, int64_t count, float absmax, floa
     bnbq_s8_avx512vnni.dequantize(q, count, absmax, w);
 }
 
+static void multiply_outliers_s8_amx(const uint16_t *value, int64_t ldv, int64_t m,
+                                     const bnbq_s8_rows *w, int64_t rows, const int64_t *columns,
+                                     int64_t count, float *sums, void *scratch) {
+    bnbq_s8_avx512bf16.multiply_outliers_bf16(value, ldv, m, w, rows, columns, count, sums,
+                                              scratch);
+}
+
 static void backward_s8_amx(const float *gy, int64_t ldg, int64_t m, const int8_t *w, int64_t ldw,
                             int64_t n, int64_t cols, float *gx, int64_t ldgx, void *scratch) {
     bnbq_s8_avx512vnni.backward(gy, ldg, m, w, ldw, n, cols, gx, ldgx, scratch);
@@ -183,5 +190,6 @@ const bnbq_s8_kernels bnbq_s8_amx = {
     .scale = scale_s8,
     .decode_columns = decode_columns_s8,
     .add_outliers = add_outliers_s8,
+    .multiply_outliers_bf16 = multiply_outliers_s8_amx,
     .backward = backward_s8_amx,
 };
