@@ -8,8 +8,8 @@
  * cut of the work. Every buffer ends at an unreadable page (up to its alignment) and stands
  * between canaries; packed, scratch and y are filled with NaN patterns before use.
  *
- * Exit status 0, or 1 after the first failure; the last line is a summary. An optional argument is
- * the seed of the random cases.
+ * Arguments: a file of golden vectors, the seed of the random cases (optional), their number
+ * (optional). Exit status 0, or 1 after the first failure; the last line is a summary.
  */
 #define _GNU_SOURCE
 #include "../csrc/float16.h"
@@ -140,8 +140,7 @@ static void same(const char *what, const void *a, const void *b, size_t bytes) {
     const uint8_t *p = a, *q = b;
     for (size_t i = 0; i < bytes; i++)
         if (p[i] != q[i])
-            fail("%s differs from scalar at byte %zu of %zu: %02x, want %02x", what, i, bytes, p[i],
-                 q[i]);
+            fail("%s differs at byte %zu of %zu: %02x, want %02x", what, i, bytes, p[i], q[i]);
 }
 
 /* ------------------------------------------------------------------ q4: codes */
@@ -721,9 +720,62 @@ static void check_ascending(void) {
     }
 }
 
+/* ------------------------------------------------------------------ golden vectors */
+
+static const void *next_part(FILE *file, int i, size_t bytes, size_t align) {
+    void *part = guarded(i, bytes, align);
+    if (fread(part, 1, bytes, file) != bytes)
+        fail("the file ends");
+    return part;
+}
+
+/* Records as test_checkasm.py writes them: the head; f32 values[count], codes,
+ * f32 absmax[ceil(count / blocksize)], and f32[count] that these decode to. int8: one block. */
+static void check_golden(const char *path) {
+    struct {
+        char name[8]; /* of a 4-bit format, or "int8" */
+        int64_t blocksize, count;
+    } head;
+    CASE("golden vectors in %s", path);
+    const int64_t before = cases;
+    FILE *file = fopen(path, "rb");
+    if (!file)
+        fail("no such file");
+    while (fread(&head, sizeof head, 1, file) == 1) {
+        const int64_t count = head.count, bs = head.blocksize;
+        CASE("golden %s count %" PRId64 " blocksize %" PRId64, head.name, count, bs);
+        const bnbq_format *format = bnbq_find_format(head.name);
+        const size_t floats = (size_t)count * 4, scales = (size_t)((count + bs - 1) / bs);
+        const size_t codes = (size_t)(format ? (count + 1) / 2 : count);
+        const float *w = next_part(file, IN, floats, 4);
+        const void *want = next_part(file, WANT, codes, 1);
+        const void *want_absmax = next_part(file, WANT2, scales * 4, 4);
+        const void *want_dense = next_part(file, IN2, floats, 4);
+        void *q = BYTES(OUT, codes);
+        float *absmax = FLOATS(OUT2, scales), *dense = FLOATS(ALONE, count);
+        if (format) {
+            q4->quantize(w, BNBQ_F32, count, format, bs, q, absmax);
+            q4->dequantize(q, absmax, format->codebook, count, bs, BNBQ_F32, dense);
+        } else {
+            if (s8->quantize(w, count, INFINITY, q, absmax) != 0)
+                fail("outliers");
+            s8->dequantize(q, count, *absmax, dense);
+        }
+        same("codes", q, want, codes);
+        same("absmax", absmax, want_absmax, scales * 4);
+        same("w", dense, want_dense, floats);
+        check_canaries();
+    }
+    if (cases == before)
+        fail("none in it");
+    fclose(file);
+}
+
 int main(int argc, char **argv) {
-    state = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
-    const int64_t random_cases = argc > 2 ? strtoll(argv[2], NULL, 10) : 150;
+    if (argc < 2)
+        fail("no file of golden vectors");
+    state = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
+    const int64_t random_cases = argc > 3 ? strtoll(argv[3], NULL, 10) : 150;
     signal(SIGSEGV, crashed);
     signal(SIGBUS, crashed);
     CASE("tables");
@@ -735,6 +787,7 @@ int main(int argc, char **argv) {
         if (q4->bf16[i + 1].min_m > 0 && q4->bf16[i + 1].min_m <= q4->bf16[i].min_m)
             fail("bf16 forms out of order");
     create_arenas();
+    check_golden(argv[1]);
     check_q4_codes();
     check_q4_products(random_cases);
     check_s8_codes();

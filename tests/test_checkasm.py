@@ -2,18 +2,25 @@
 
 checkasm.c is compiled with the files of one instruction set. AMX is checked twice on processors without it: with
 the tile instructions as plain C (amx_tiles.h), and as machine code whose tile instructions are trapped and emulated
-(amx_trap.c). NEON is cross-compiled and runs under qemu.
+(amx_trap.c). NEON is cross-compiled and runs under qemu. Every program also reads the golden vectors.
 """
 
+import json
 import os
 import platform
 import re
 import shutil
 import signal
+import struct
 import subprocess
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from bnbq import reference as ref
+from cases import FORMATS, formula
 
 TESTS = Path(__file__).parent
 KERNELS = TESTS.parent / "csrc" / "kernels"
@@ -27,15 +34,14 @@ BF16 = [*VNNI, "-mavx512bf16"]
 AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 SCALAR = {"edge_scalar": [], "q4_scalar": [], "s8_scalar": []}
 BORROWED = {"q4_avx512": AVX512, "s8_avx512vnni": VNNI}  # by the tables of BF16 and AMX
+DOTPROD = ["-march=armv8.2-a+dotprod"]
 
 pytestmark = pytest.mark.skipif(not KERNELS.is_dir(), reason="no sources here (an installed package)")
 
 
 def skip_unless_cpu_has(*wanted):
-    if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip(f"needs an x86-64 processor, this is {platform.machine()}")
     cpuinfo = Path("/proc/cpuinfo")
-    flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", flags=re.M)
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", flags=re.M)
     missing = sorted(set(wanted) - set(flags[1].split() if flags else ()))
     if missing:
         pytest.skip(f"this processor lacks {', '.join(missing)}")
@@ -90,31 +96,64 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("checkasm")
 
 
-def test_the_check_accepts_scalar(folder):
+def golden_vectors():
+    """(format, blocksize, values, codes, absmax, what they decode to), a block at a time for int8."""
+    for name in FORMATS:
+        stored = json.loads((TESTS / "golden" / f"{name}.json").read_text())
+        w = formula(**stored["input"])
+        for row in stored["vectors"]:
+            codes, absmax = bytes.fromhex(row["qweight"]), np.frombuffer(bytes.fromhex(row["absmax"]), "<f4")
+            dense = ref.dequantize_4bit(np.frombuffer(codes, np.uint8), absmax, w.shape, name, row["blocksize"])
+            assert zlib.crc32(dense.tobytes()) == row["dense_crc32"]
+            yield name, row["blocksize"], w, codes, absmax, dense
+    stored = json.loads((TESTS / "golden" / "int8.json").read_text())
+    n, k = stored["input"]["shape"]
+    w = formula(n * k, stored["input"]["seed"]).reshape(n, k)
+    for row in stored["vectors"]:
+        codes = np.frombuffer(bytes.fromhex(row["qweight"]), np.int8).reshape(n, k)
+        absmax = np.frombuffer(bytes.fromhex(row["absmax"]), "<f4").reshape(n, -1)
+        dense = ref.dequantize_8bit(codes, absmax if row["blocksize"] else absmax[:, 0], row["blocksize"])
+        for block, columns in enumerate(ref.column_blocks(k, row["blocksize"])):
+            for r in range(n):
+                yield "int8", k, w[r, columns], codes[r, columns].tobytes(), absmax[r, block], dense[r, columns]
+
+
+@pytest.fixture(scope="module")
+def golden(folder):
+    """The golden vectors as checkasm reads them."""
+    path = folder / "golden"
+    with path.open("wb") as file:
+        for name, blocksize, w, codes, absmax, dense in golden_vectors():
+            file.write(struct.pack("<8sqq", name.encode(), blocksize, w.size))
+            file.write(w.tobytes() + codes + absmax.tobytes() + dense.tobytes())
+    return path
+
+
+def test_the_check_accepts_scalar(folder, golden):
     skip_unless_found(CC)
-    assert "cases equal scalar" in run([build(folder, "scalar", {}, "q4_scalar", "s8_scalar")])
+    assert "cases equal scalar" in run([build(folder, "scalar", {}, "q4_scalar", "s8_scalar"), golden])
 
 
-def test_avx2(folder):
+def test_avx2(folder, golden):
     skip_unless_found(CC)
     skip_unless_cpu_has("avx2", "fma", "f16c")
     program = build(folder, "avx2", {"q4_avx2": AVX2, "s8_avx2": AVX2}, "q4_avx2", "s8_avx2")
-    assert "q4 avx2" in run([program])
+    assert "q4 avx2" in run([program, golden])
 
 
-def test_avx512(folder):
+def test_avx512(folder, golden):
     skip_unless_found(CC)
     skip_unless_cpu_has("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
-    assert "q4 avx512" in run([build(folder, "avx512", BORROWED, "q4_avx512", "s8_avx512vnni")])
+    assert "q4 avx512" in run([build(folder, "avx512", BORROWED, "q4_avx512", "s8_avx512vnni"), golden])
 
 
-def test_avx512bf16(folder):
+def test_avx512bf16(folder, golden):
     skip_unless_found(CC)
     skip_unless_compiler_knows(CC, BF16)
     skip_unless_cpu_has("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
     files = {**BORROWED, "q4_avx512bf16": BF16, "s8_avx512bf16": BF16}
     program = build(folder, "avx512bf16", files, "q4_avx512bf16", "s8_avx512bf16")
-    assert "q4 avx512bf16" in run([program])
+    assert "q4 avx512bf16" in run([program, golden])
 
 
 def skip_unless_amx_can_be_emulated():
@@ -123,11 +162,12 @@ def skip_unless_amx_can_be_emulated():
     skip_unless_cpu_has("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
 
 
-def test_amx_with_tiles_in_c(folder):
+def test_amx_with_tiles_in_c(folder, golden):
     skip_unless_amx_can_be_emulated()
     emulated = [*BF16, "-DBNBQ_AMX_EMULATED"]
-    program = build(folder, "amx-c", {**BORROWED, "s8_avx512bf16": BF16, "q4_amx": emulated, "s8_amx": emulated}, "q4_amx", "s8_amx")
-    assert "q4 amx (needs 0xf)" in run([program])  # without the bit of AMX
+    files = {**BORROWED, "s8_avx512bf16": BF16, "q4_amx": emulated, "s8_amx": emulated}
+    program = build(folder, "amx-c", files, "q4_amx", "s8_amx")
+    assert "q4 amx (needs 0xf)" in run([program, golden])  # without the bit of AMX
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +179,9 @@ def amx_program(folder):
                  extra=["-DCHECK_TILES_RELEASED"], sources=[(TESTS / "amx_trap.c", BF16)])
 
 
-def test_amx_machine_code(amx_program):
+def test_amx_machine_code(amx_program, golden):
     """The compiler's output, its tile instructions trapped unless this processor has them."""
-    output = run([amx_program])
+    output = run([amx_program, golden])
     assert "q4 amx (needs 0x1f)" in output
     assert "this processor's" in output or int(re.search(r"(\d+) instructions trapped", output)[1]) > 10000
 
@@ -168,14 +208,14 @@ def test_amx_emulation_itself(folder):
         assert result.returncode == -signal.SIGABRT and "AMX emulation: #" in result.stderr, (number, result)
 
 
-def test_neon(folder):
-    files = {"q4_neon": [], "s8_neon": ["-march=armv8.2-a+dotprod"]}
+def test_neon(folder, golden):
+    files = {"q4_neon": [], "s8_neon": DOTPROD}
     if platform.machine() in ("aarch64", "arm64"):
         skip_unless_found(CC)
-        command = [build(folder, "neon", files, "q4_neon", "s8_neon")]
+        command = [build(folder, "neon", files, "q4_neon", "s8_neon"), golden]
     else:
         qemu = "qemu-aarch64" if shutil.which("qemu-aarch64") else "qemu-aarch64-static"
         skip_unless_found(CROSS_CC, qemu)
         program = build(folder, "neon", files, "q4_neon", "s8_neon", compiler=CROSS_CC, extra=["-static"])
-        command = [qemu, program, 1, 60]  # a seed, and fewer random cases
+        command = [qemu, program, golden, 1, 60]  # a seed, and fewer random cases
     assert "q4 neon" in run(command)
