@@ -46,6 +46,7 @@ KERNELS = {
     "aarch64": {
         "q4_neon": [],
         "s8_neon": ["-march=armv8.2-a+dotprod"],
+        "s8_neon_i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
     },
 }
 FLAGS = ["-std=c11", "-fno-wrapv", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]

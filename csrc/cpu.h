@@ -17,6 +17,7 @@ enum {
     BNBQ_CPU_AMX = 1 << 4, /* TILE, INT8, BF16, and the permission to use the tile registers */
     BNBQ_CPU_NEON = 1 << 5,
     BNBQ_CPU_DOTPROD = 1 << 6,
+    BNBQ_CPU_I8MM = 1 << 7,
 };
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -56,10 +57,15 @@ enum {
 #else
 #define BNBQ_HAVE_DOTPROD 0
 #endif
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#define BNBQ_HAVE_I8MM BNBQ_CPU_I8MM
+#else
+#define BNBQ_HAVE_I8MM 0
+#endif
 
 #define BNBQ_CPU_OF_THIS_FILE                                                                      \
     (BNBQ_HAVE_AVX2 | BNBQ_HAVE_AVX512 | BNBQ_HAVE_AVX512VNNI | BNBQ_HAVE_AVX512BF16 |             \
-     BNBQ_HAVE_AMX | BNBQ_HAVE_NEON | BNBQ_HAVE_DOTPROD)
+     BNBQ_HAVE_AMX | BNBQ_HAVE_NEON | BNBQ_HAVE_DOTPROD | BNBQ_HAVE_I8MM)
 
 /* Probed once, on the first call; safe from any thread. */
 uint32_t bnbq_cpu_features(void);

@@ -26,6 +26,7 @@
 typedef enum bnbq_isa {
     BNBQ_ISA_SCALAR,
     BNBQ_ISA_NEON,
+    BNBQ_ISA_I8MM,
     BNBQ_ISA_AVX2,
     BNBQ_ISA_AVX512,
     BNBQ_ISA_AVX512BF16,
@@ -178,7 +179,7 @@ extern const bnbq_edge_kernels bnbq_edge_scalar, bnbq_edge_avx2;
 extern const bnbq_q4_kernels bnbq_q4_scalar, bnbq_q4_avx2, bnbq_q4_avx512;
 extern const bnbq_q4_kernels bnbq_q4_avx512bf16, bnbq_q4_amx, bnbq_q4_neon;
 extern const bnbq_s8_kernels bnbq_s8_scalar, bnbq_s8_avx2, bnbq_s8_avx512vnni;
-extern const bnbq_s8_kernels bnbq_s8_avx512bf16, bnbq_s8_amx, bnbq_s8_neon;
+extern const bnbq_s8_kernels bnbq_s8_avx512bf16, bnbq_s8_amx, bnbq_s8_neon, bnbq_s8_neon_i8mm;
 
 /* registry.c: the rows of each family, slowest first, and the one in use: the last whose `needs`
  * this processor has and whose level is not above the cap. */

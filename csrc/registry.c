@@ -34,15 +34,14 @@ static const bnbq_s8_kernels *const s8_rows[] = {
     &bnbq_s8_avx2,   &bnbq_s8_avx512vnni, &bnbq_s8_avx512bf16, &bnbq_s8_amx,
 #elif defined(__aarch64__)
     &bnbq_s8_neon,
+    &bnbq_s8_neon_i8mm,
 #endif
 };
 
 static const char *const isa_names[BNBQ_ISAS] = {
-    [BNBQ_ISA_SCALAR] = "scalar",
-    [BNBQ_ISA_NEON] = "neon",
-    [BNBQ_ISA_AVX2] = "avx2",
-    [BNBQ_ISA_AVX512] = "avx512",
-    [BNBQ_ISA_AVX512BF16] = "avx512bf16",
+    [BNBQ_ISA_SCALAR] = "scalar", [BNBQ_ISA_NEON] = "neon",
+    [BNBQ_ISA_I8MM] = "i8mm",     [BNBQ_ISA_AVX2] = "avx2",
+    [BNBQ_ISA_AVX512] = "avx512", [BNBQ_ISA_AVX512BF16] = "avx512bf16",
     [BNBQ_ISA_AMX] = "amx",
 };
 

@@ -690,7 +690,7 @@ static void check_s8_products(int64_t random_cases) {
     if (s8->multiply_outliers_bf16)
         check_s8_outliers(BNBQ_TILE_M, 64, 4099, 4099);
     check_s8_linear(BNBQ_TILE_M, 64, 67, 0);
-    check_s8_linear(2, 3, BNBQ_MAX_K_S8, 2);
+    check_s8_linear(6, 3, BNBQ_MAX_K_S8, 2);
     check_s8_linear(1, 17, 20000, 1);
     for (int bf16 = 0; bf16 <= (s8->backward_bf16 != NULL); bf16++)
         check_s8_backward(bf16, BNBQ_TILE_M, 257, 256);

@@ -35,6 +35,7 @@ AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 SCALAR = {"edge_scalar": [], "q4_scalar": [], "s8_scalar": []}
 BORROWED = {"q4_avx512": AVX512, "s8_avx512vnni": VNNI}  # by the tables of BF16 and AMX
 DOTPROD = ["-march=armv8.2-a+dotprod"]
+I8MM = ["-march=armv8.2-a+dotprod+i8mm"]
 
 pytestmark = pytest.mark.skipif(not KERNELS.is_dir(), reason="no sources here (an installed package)")
 
@@ -208,14 +209,18 @@ def test_amx_emulation_itself(folder):
         assert result.returncode == -signal.SIGABRT and "AMX emulation: #" in result.stderr, (number, result)
 
 
-def test_neon(folder, golden):
-    files = {"q4_neon": [], "s8_neon": DOTPROD}
+@pytest.mark.parametrize("isa", ["neon", "i8mm"])
+def test_neon(folder, golden, isa):
+    files = {"q4_neon": [], "s8_neon": DOTPROD} | ({"s8_neon_i8mm": I8MM} if isa == "i8mm" else {})
+    s8 = list(files)[-1]
     if platform.machine() in ("aarch64", "arm64"):
         skip_unless_found(CC)
-        command = [build(folder, "neon", files, "q4_neon", "s8_neon"), golden]
+        if isa == "i8mm":
+            skip_unless_cpu_has("i8mm")
+        command = [build(folder, isa, files, "q4_neon", s8), golden]
     else:
         qemu = "qemu-aarch64" if shutil.which("qemu-aarch64") else "qemu-aarch64-static"
         skip_unless_found(CROSS_CC, qemu)
-        program = build(folder, "neon", files, "q4_neon", "s8_neon", compiler=CROSS_CC, extra=["-static"])
-        command = [qemu, program, golden, 1, 60]  # a seed, and fewer random cases
-    assert "q4 neon" in run(command)
+        program = build(folder, isa, files, "q4_neon", s8, compiler=CROSS_CC, extra=["-static"])
+        command = [qemu, "-cpu", "max", program, golden, 1, 60]  # a seed, and fewer random cases
+    assert f"q4 neon (needs 0x20), s8 {isa}" in run(command)
