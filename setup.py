@@ -45,6 +45,7 @@ KERNELS = {
     },
     "aarch64": {
         "q4_neon": [],
+        "q4_neon_bf16": ["-march=armv8.2-a+bf16"],
         "s8_neon": ["-march=armv8.2-a+dotprod"],
         "s8_neon_i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
     },

@@ -74,15 +74,17 @@ static uint32_t probe(void) {
 
 static uint32_t probe(void) {
     enum { ASIMD = 1 << 1, ASIMDDP = 1 << 20 }; /* asm/hwcap.h */
-    enum { I8MM = 1 << 13 };                    /* of the second word */
-    unsigned long capabilities = getauxval(AT_HWCAP);
+    enum { I8MM = 1 << 13, BF16 = 1 << 14 };    /* of the second word */
+    unsigned long capabilities = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
     uint32_t features = 0;
     if (capabilities & ASIMD)
         features |= BNBQ_CPU_NEON;
     if (capabilities & ASIMDDP)
         features |= BNBQ_CPU_DOTPROD;
-    if (getauxval(AT_HWCAP2) & I8MM)
+    if (second & I8MM)
         features |= BNBQ_CPU_I8MM;
+    if (second & BF16)
+        features |= BNBQ_CPU_BF16;
     return features;
 }
 
@@ -116,6 +118,7 @@ const char *bnbq_cpu_feature_name(uint32_t feature) {
     case BNBQ_CPU_NEON: return "neon";
     case BNBQ_CPU_DOTPROD: return "dotprod";
     case BNBQ_CPU_I8MM: return "i8mm";
+    case BNBQ_CPU_BF16: return "bf16";
     default: return NULL;
     }
 }

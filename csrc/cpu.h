@@ -18,6 +18,7 @@ enum {
     BNBQ_CPU_NEON = 1 << 5,
     BNBQ_CPU_DOTPROD = 1 << 6,
     BNBQ_CPU_I8MM = 1 << 7,
+    BNBQ_CPU_BF16 = 1 << 8, /* of Arm */
 };
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -62,10 +63,15 @@ enum {
 #else
 #define BNBQ_HAVE_I8MM 0
 #endif
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#define BNBQ_HAVE_BF16 BNBQ_CPU_BF16
+#else
+#define BNBQ_HAVE_BF16 0
+#endif
 
 #define BNBQ_CPU_OF_THIS_FILE                                                                      \
     (BNBQ_HAVE_AVX2 | BNBQ_HAVE_AVX512 | BNBQ_HAVE_AVX512VNNI | BNBQ_HAVE_AVX512BF16 |             \
-     BNBQ_HAVE_AMX | BNBQ_HAVE_NEON | BNBQ_HAVE_DOTPROD | BNBQ_HAVE_I8MM)
+     BNBQ_HAVE_AMX | BNBQ_HAVE_NEON | BNBQ_HAVE_DOTPROD | BNBQ_HAVE_I8MM | BNBQ_HAVE_BF16)
 
 /* Probed once, on the first call; safe from any thread. */
 uint32_t bnbq_cpu_features(void);

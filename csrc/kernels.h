@@ -27,6 +27,7 @@ typedef enum bnbq_isa {
     BNBQ_ISA_SCALAR,
     BNBQ_ISA_NEON,
     BNBQ_ISA_I8MM,
+    BNBQ_ISA_NEONBF16,
     BNBQ_ISA_AVX2,
     BNBQ_ISA_AVX512,
     BNBQ_ISA_AVX512BF16,
@@ -177,7 +178,7 @@ typedef struct bnbq_s8_kernels {
 /* The rows, one file each: kernels/<family>_<isa>.c. Which exist depends on the processor. */
 extern const bnbq_edge_kernels bnbq_edge_scalar, bnbq_edge_avx2;
 extern const bnbq_q4_kernels bnbq_q4_scalar, bnbq_q4_avx2, bnbq_q4_avx512;
-extern const bnbq_q4_kernels bnbq_q4_avx512bf16, bnbq_q4_amx, bnbq_q4_neon;
+extern const bnbq_q4_kernels bnbq_q4_avx512bf16, bnbq_q4_amx, bnbq_q4_neon, bnbq_q4_neon_bf16;
 extern const bnbq_s8_kernels bnbq_s8_scalar, bnbq_s8_avx2, bnbq_s8_avx512vnni;
 extern const bnbq_s8_kernels bnbq_s8_avx512bf16, bnbq_s8_amx, bnbq_s8_neon, bnbq_s8_neon_i8mm;
 

@@ -25,6 +25,7 @@ static const bnbq_q4_kernels *const q4_rows[] = {
     &bnbq_q4_avx2,   &bnbq_q4_avx512, &bnbq_q4_avx512bf16, &bnbq_q4_amx,
 #elif defined(__aarch64__)
     &bnbq_q4_neon,
+    &bnbq_q4_neon_bf16,
 #endif
 };
 
@@ -39,10 +40,9 @@ static const bnbq_s8_kernels *const s8_rows[] = {
 };
 
 static const char *const isa_names[BNBQ_ISAS] = {
-    [BNBQ_ISA_SCALAR] = "scalar", [BNBQ_ISA_NEON] = "neon",
-    [BNBQ_ISA_I8MM] = "i8mm",     [BNBQ_ISA_AVX2] = "avx2",
-    [BNBQ_ISA_AVX512] = "avx512", [BNBQ_ISA_AVX512BF16] = "avx512bf16",
-    [BNBQ_ISA_AMX] = "amx",
+    [BNBQ_ISA_SCALAR] = "scalar",         [BNBQ_ISA_NEON] = "neon", [BNBQ_ISA_I8MM] = "i8mm",
+    [BNBQ_ISA_NEONBF16] = "neonbf16",     [BNBQ_ISA_AVX2] = "avx2", [BNBQ_ISA_AVX512] = "avx512",
+    [BNBQ_ISA_AVX512BF16] = "avx512bf16", [BNBQ_ISA_AMX] = "amx",
 };
 
 static _Atomic int isa_cap = BNBQ_ISAS - 1;

@@ -293,12 +293,12 @@ static void check_q4_linear(const char *name, const bnbq_q4_linear *l, bool bf16
     random_rows(&w, rows, k, blocksize);
     float *dense = FLOATS(WANT, rows * k), *x = FLOATS(IN, m * k);
     /* Either the codebook or the weights are rounded to bf16. */
-    const bool tiles = q4->level == BNBQ_ISA_AMX;
+    const bool weights = q4->level == BNBQ_ISA_AMX || q4->level == BNBQ_ISA_NEONBF16;
     float codebook[16];
     for (int i = 0; i < 16; i++)
-        codebook[i] = bf16 && !tiles ? to_bf16(w.codebook[i]) : w.codebook[i];
+        codebook[i] = bf16 && !weights ? to_bf16(w.codebook[i]) : w.codebook[i];
     q4_scalar->dequantize(w.qweight, w.absmax, codebook, rows * k, blocksize, BNBQ_F32, dense);
-    for (int64_t i = 0; bf16 && tiles && i < rows * k; i++)
+    for (int64_t i = 0; bf16 && weights && i < rows * k; i++)
         dense[i] = to_bf16(dense[i]);
     for (int64_t i = 0; i < m * k; i++) {
         x[i] = kind == X_WIDE ? ldexpf(normal(), (int)random_below(80) - 40) : normal();

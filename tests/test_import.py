@@ -121,7 +121,7 @@ def test_build_info_and_rows_are_complete():
 
 
 def test_set_isa_caps_every_family(isa):
-    order = ["scalar", "neon", "i8mm", "avx2", "avx512", "avx512bf16", "amx"]
+    order = ["scalar", "neon", "i8mm", "neonbf16", "avx2", "avx512", "avx512bf16", "amx"]
     assert _bnbq.isa() == isa
     for row in _bnbq.rows():
         if row["in_use"]:
