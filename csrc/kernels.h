@@ -201,7 +201,9 @@ typedef struct bnbq_row_info {
     bnbq_isa level;
     uint32_t needs, missing; /* feature bits; missing == 0: this processor can run it */
     bool in_use;
-    int64_t bf16_min_m; /* q4: the least of its bf16 forms; 0: it has none */
+    /* q4: for bf16, weights or codebook are rounded to it from the least to the most rows of x;
+     * 0, 0: never; INT64_MAX: any more */
+    int64_t bf16_min_m, bf16_max_m;
 } bnbq_row_info;
 bool bnbq_row(const char *family, int i, bnbq_row_info *info);
 

@@ -89,7 +89,12 @@ bool bnbq_row(const char *family, int i, bnbq_row_info *info) {
     if (strcmp(family, "q4") == 0) {
         if (!q4_row(i, info))
             return false;
-        info->bf16_min_m = q4_rows[i]->bf16[0].min_m;
+        const bnbq_q4_kernels *q4 = q4_rows[i];
+        info->bf16_min_m = q4->bf16[0].min_m;
+        info->bf16_max_m = info->bf16_min_m > 0 ? INT64_MAX : 0;
+        for (int f = BNBQ_BF16_FORMS - 1; f > 0; f--)
+            if (q4->bf16[f].min_m > 0 && q4->bf16[f].linear.run == q4->linear.run)
+                info->bf16_max_m = q4->bf16[f].min_m - 1;
         return true;
     }
     return strcmp(family, "s8") == 0 && s8_row(i, info);

@@ -184,6 +184,19 @@ def test_explain_reasons():
     assert explain(nn.Linear4bit(64, 8, device="meta")).kernel.startswith("none")
 
 
+def test_explain_knows_which_products_round_to_bf16(isa):
+    """fp32 kernels give each bf16 result exactly rounded where one product is summed; bf16 ones round twice."""
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(64, 64, bias=False)
+    layer = nn.Linear4bit.from_linear(dense, compute_dtype="bfloat16")
+    weight = layer.dequantize(torch.float32)
+    for m in (1, 4, 5, 9, 10, 16, 17):
+        x = torch.eye(64)[:m].bfloat16() * 1.5
+        exact = (x.float() @ weight.t()).bfloat16()
+        said = "the fp32 kernel" in str(explain(layer, m))
+        assert torch.equal(layer(x), exact) == said, m
+
+
 def test_explain_when_batch_invariant(batch_invariant):
     assert "batch invariant" in str(explain(nn.Linear4bit(64, 8, compute_dtype="bfloat16")))
 

@@ -119,10 +119,10 @@ static PyObject *rows(PyObject *module, PyObject *unused) {
     for (int f = 0; list != NULL && f < FAMILIES; f++) {
         for (int i = 0; list != NULL && bnbq_row(families[f], i, &row); i++) {
             PyObject *item = Py_BuildValue(
-                "{s:s,s:s,s:s,s:N,s:N,s:O,s:L}", "family", row.family, "isa", row.isa, "level",
+                "{s:s,s:s,s:s,s:N,s:N,s:O,s:L,s:L}", "family", row.family, "isa", row.isa, "level",
                 bnbq_isa_name(row.level), "needs", feature_names(row.needs), "missing",
                 feature_names(row.missing), "in_use", row.in_use ? Py_True : Py_False, "bf16_min_m",
-                (long long)row.bf16_min_m);
+                (long long)row.bf16_min_m, "bf16_max_m", (long long)row.bf16_max_m);
             if (item == NULL || PyList_Append(list, item) < 0)
                 Py_CLEAR(list);
             Py_XDECREF(item);

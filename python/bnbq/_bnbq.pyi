@@ -12,6 +12,8 @@ class _Row(TypedDict):
     needs: tuple[str, ...]
     missing: tuple[str, ...]
     in_use: bool
+    bf16_min_m: int  # 4-bit: the product of bf16 rounds weights or codebook to bf16 for so many rows of x,
+    bf16_max_m: int  # up to so many; 0, 0: never
 
 class _BuildInfo(TypedDict):
     version: str

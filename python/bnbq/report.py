@@ -374,7 +374,7 @@ def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
             "the rows to fp32 first (correct, not fast)"
         )
     elif four and dtype == "bfloat16":
-        reasons.append(bfloat16_reason(row["bf16_min_m"], m))
+        reasons.append(bfloat16_reason(row["bf16_min_m"], row["bf16_max_m"], m))
     if not four:
         reasons.append(
             f"activations of at least {layer.threshold:g} are multiplied in float"
@@ -384,12 +384,13 @@ def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
     return Explanation(layer.describe(), kernel, dtype, reasons)
 
 
-def bfloat16_reason(least: int, m: int | None) -> str:
-    """Where the kernel that rounds weights to bf16 takes over from the fp32 one."""
+def bfloat16_reason(least: int, most: int, m: int | None) -> str:
+    """For which numbers of rows the product of bf16 rounds the weights or their codebook to bf16."""
     if _bnbq.batch_invariant():
         return "batch invariant: the fp32 kernel for every m"
     if least == 0:
         return "bf16 inputs: the fp32 kernel for every m, this instruction set has no bf16 one"
+    where = f"from m = {least} on" if most > 1 << 32 else f"for m = {least} to {most}"
     if m is None:
-        return f"the bf16 kernel from m = {least} rows on, the fp32 one below"
-    return f"m = {m}: the {'bf16' if m >= least else 'fp32'} kernel (bf16 from m = {least} on)"
+        return f"the bf16 kernel {where}, else the fp32 one"
+    return f"m = {m}: the {'bf16' if least <= m <= most else 'fp32'} kernel (bf16 {where})"
