@@ -31,7 +31,7 @@ BF16 = [*VNNI, "-mavx512bf16"]
 AMX = [*BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 
 KERNELS = {
-    "any": {"edge_scalar": [], "q4_scalar": [], "s8_scalar": []},
+    "any": {"edge_scalar": [], "q4_scalar": [], "s8_scalar": [], "w4a8_scalar": []},
     "x86_64": {
         "edge_avx2": AVX2,
         "q4_avx2": AVX2,
@@ -42,6 +42,8 @@ KERNELS = {
         "s8_avx512vnni": VNNI,
         "s8_avx512bf16": BF16,
         "s8_amx": AMX,
+        "w4a8_avx2": AVX2,
+        "w4a8_avx512vnni": VNNI,
     },
     "aarch64": {
         "q4_neon": [],

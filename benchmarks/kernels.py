@@ -42,17 +42,22 @@ class Case(NamedTuple):
 
 def cases(family: str, n: int, k: int, batches: list[int]) -> Iterator[Case]:
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.02
-    packed = ops.quantize_4bit(w)[:2] if family == "q4" else ops.quantize_8bit(w)
+    packed = ops.quantize_8bit(w) if family == "s8" else ops.quantize_4bit(w)[:2]
     nbytes = sum(tensor.nbytes for tensor in packed)
     weights = [tuple(tensor.clone() for tensor in packed) for _ in range(copies(nbytes))]
 
     def pick(i):
         return weights[i % len(weights)]
 
-    if family == "q4":
+    if family == "w4a8":  # the weights of q4, and nothing but the product
 
         def linear(x, y, i):
-            _bnbq.linear4bit(x, *pick(i), None, None, None, y, "nf4", 64, None)
+            _bnbq.linear4bit(x, *pick(i), None, None, None, y, "nf4", 64, None, "int8")
+
+    elif family == "q4":
+
+        def linear(x, y, i):
+            _bnbq.linear4bit(x, *pick(i), None, None, None, y, "nf4", 64, None, None)
 
         def backward(gy, gx, i):
             _bnbq.linear4bit_backward(gy, *pick(i), None, None, gx, "nf4", 64, None)
@@ -81,8 +86,10 @@ def cases(family: str, n: int, k: int, batches: list[int]) -> Iterator[Case]:
         x, y = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
         arithmetic = "bf16" if family == "q4" else "int8"
         yield Case("linear", m, nbytes, 2 * m * n * k, arithmetic, partial(linear, x, y.clone()))
+        if family == "w4a8":
+            continue
         yield Case("backward", m, nbytes, 2 * m * n * k, "bf16", partial(backward, y, x.clone()))
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32) if family != "w4a8" else ():
         dense, name = w.to(dtype), str(dtype).removeprefix("torch.")
         yield Case(f"quantize {name}", 0, nbytes + dense.nbytes, 0, "fp32", partial(quantize, dense))
         yield Case(f"dequantize {name}", 0, nbytes + dense.nbytes, 0, "fp32", partial(dequantize, dense))
@@ -108,7 +115,7 @@ def main(argv=None) -> None:
     batches = sorted([1, 64] if arguments.quick else arguments.m)
     threads, before = available(arguments.threads), _bnbq.isa()
     with Results(output(arguments, "kernels.jsonl"), "kernels", threads) as results:
-        for family in ("q4", "s8"):
+        for family in ("q4", "s8", "w4a8"):
             kernels = {
                 isa: level
                 for isa, level in levels(family).items()

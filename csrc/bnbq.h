@@ -11,6 +11,7 @@
 #ifndef BNBQ_H
 #define BNBQ_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -93,9 +94,10 @@ bnbq_status bnbq_dequantize_8bit(const bnbq_weight8 *w, const bnbq_tensor *out);
 
 /* linear_q4.c. y = round(x) . dequant(W)^T + bias, where x[..., k] is first rounded to
  * `compute_dtype` (a float dtype) and the sum is kept in fp32; y[..., n] may have another dtype
- * than x. bias[n] may be NULL, of any float dtype and stride. Backward: gx[..., k] = gy . W. */
+ * than x. bias[n] may be NULL, of any float dtype and stride. int8_activations: x is then rounded
+ * to int8 too, unless blocks cross rows. Backward: gx[..., k] = gy . W. */
 bnbq_status bnbq_linear_4bit(const bnbq_tensor *x, const bnbq_weight4 *w, const bnbq_tensor *bias,
-                             bnbq_dtype compute_dtype, const bnbq_tensor *y);
+                             bnbq_dtype compute_dtype, bool int8_activations, const bnbq_tensor *y);
 bnbq_status bnbq_linear_4bit_backward(const bnbq_tensor *gy, const bnbq_weight4 *w,
                                       bnbq_dtype compute_dtype, const bnbq_tensor *gx);
 

@@ -4,6 +4,7 @@
  *   edge  fp16, bf16 <-> fp32 at the edges of every operation
  *   q4    4-bit index into a codebook of 16, one scale per block
  *   s8    signed 8-bit integers
+ *   w4a8  4-bit weights of q4 times activations in int8
  *
  * An instruction set is a row of functions: kernels/<family>_<isa>.c exports one const table
  * bnbq_<family>_<isa>. A row without a kernel of its own names the one it borrows; no slot is
@@ -175,18 +176,30 @@ typedef struct bnbq_s8_kernels {
                           int64_t ldgx, void *scratch);
 } bnbq_s8_kernels;
 
+/* The product of q4 with x rounded to int8 in blocks of columns, each with a scale, and the
+ * codebook rounded to int8. Sums over a block are exact and added up in ascending order:
+ * reference.py defines every bit, for any m. A row of x that is not finite gives NaN. */
+typedef struct bnbq_w4a8_kernels {
+    const char *isa;
+    bnbq_isa level;
+    uint32_t needs;
+    bnbq_q4_linear blocks32, blocks64; /* columns per block of x: min(blocksize, 64) */
+} bnbq_w4a8_kernels;
+
 /* The rows, one file each: kernels/<family>_<isa>.c. Which exist depends on the processor. */
 extern const bnbq_edge_kernels bnbq_edge_scalar, bnbq_edge_avx2;
 extern const bnbq_q4_kernels bnbq_q4_scalar, bnbq_q4_avx2, bnbq_q4_avx512;
 extern const bnbq_q4_kernels bnbq_q4_avx512bf16, bnbq_q4_amx, bnbq_q4_neon, bnbq_q4_neon_bf16;
 extern const bnbq_s8_kernels bnbq_s8_scalar, bnbq_s8_avx2, bnbq_s8_avx512vnni;
 extern const bnbq_s8_kernels bnbq_s8_avx512bf16, bnbq_s8_amx, bnbq_s8_neon, bnbq_s8_neon_i8mm;
+extern const bnbq_w4a8_kernels bnbq_w4a8_scalar, bnbq_w4a8_avx2, bnbq_w4a8_avx512vnni;
 
 /* registry.c: the rows of each family, slowest first, and the one in use: the last whose `needs`
  * this processor has and whose level is not above the cap. */
 const bnbq_edge_kernels *bnbq_edge(void);
 const bnbq_q4_kernels *bnbq_q4(void);
 const bnbq_s8_kernels *bnbq_s8(void);
+const bnbq_w4a8_kernels *bnbq_w4a8(void);
 
 const char *bnbq_isa_name(bnbq_isa isa); /* "scalar", "avx512bf16", ... */
 /* Parse a name; false when it is none of the above. */
@@ -195,7 +208,7 @@ bool bnbq_parse_isa(const char *name, bnbq_isa *isa);
 void bnbq_set_isa(bnbq_isa cap);
 bnbq_isa bnbq_get_isa(void); /* the highest level in use under the cap */
 
-/* For listings: row i of a family ("edge", "q4", "s8"), false past the end. */
+/* For listings: row i of a family ("edge", "q4", "s8", "w4a8"), false past the end. */
 typedef struct bnbq_row_info {
     const char *family, *isa;
     bnbq_isa level;

@@ -169,7 +169,8 @@ static bool run_pass(forward *op) {
 }
 
 bnbq_status bnbq_linear_4bit(const bnbq_tensor *x, const bnbq_weight4 *w, const bnbq_tensor *bias,
-                             bnbq_dtype compute_dtype, const bnbq_tensor *y) {
+                             bnbq_dtype compute_dtype, bool int8_activations,
+                             const bnbq_tensor *y) {
     forward op = {.x = bnbq_view_rows(x),
                   .y = bnbq_view_rows(y),
                   .w = w,
@@ -180,7 +181,10 @@ bnbq_status bnbq_linear_4bit(const bnbq_tensor *x, const bnbq_weight4 *w, const 
         return BNBQ_OK;
     if (bias)
         op.bias = bnbq_view_rows(bias);
-    if (rows_hold_whole_blocks(w) && w->k > 0) {
+    if (rows_hold_whole_blocks(w) && w->k > 0 && int8_activations) {
+        const bnbq_w4a8_kernels *kernels = bnbq_w4a8();
+        op.linear = w->blocksize < 64 ? &kernels->blocks32 : &kernels->blocks64;
+    } else if (rows_hold_whole_blocks(w) && w->k > 0) {
         const bnbq_q4_kernels *kernels = bnbq_q4();
         op.linear = &kernels->linear;
         for (int i = 0; compute_dtype == BNBQ_BF16 && i < BNBQ_BF16_FORMS; i++)

@@ -39,6 +39,14 @@ static const bnbq_s8_kernels *const s8_rows[] = {
 #endif
 };
 
+static const bnbq_w4a8_kernels *const w4a8_rows[] = {
+    &bnbq_w4a8_scalar,
+#ifdef __x86_64__
+    &bnbq_w4a8_avx2,
+    &bnbq_w4a8_avx512vnni,
+#endif
+};
+
 static const char *const isa_names[BNBQ_ISAS] = {
     [BNBQ_ISA_SCALAR] = "scalar",         [BNBQ_ISA_NEON] = "neon", [BNBQ_ISA_I8MM] = "i8mm",
     [BNBQ_ISA_NEONBF16] = "neonbf16",     [BNBQ_ISA_AVX2] = "avx2", [BNBQ_ISA_AVX512] = "avx512",
@@ -82,6 +90,7 @@ static uint32_t missing_of(uint32_t needs) {
 FAMILY(edge)
 FAMILY(q4)
 FAMILY(s8)
+FAMILY(w4a8)
 
 bool bnbq_row(const char *family, int i, bnbq_row_info *info) {
     if (strcmp(family, "edge") == 0)
@@ -97,6 +106,8 @@ bool bnbq_row(const char *family, int i, bnbq_row_info *info) {
                 info->bf16_max_m = q4->bf16[f].min_m - 1;
         return true;
     }
+    if (strcmp(family, "w4a8") == 0)
+        return w4a8_row(i, info);
     return strcmp(family, "s8") == 0 && s8_row(i, info);
 }
 

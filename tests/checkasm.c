@@ -1,6 +1,7 @@
-/* checkasm.c - compares one q4 table and one s8 table with the scalar ones, slot by slot.
+/* checkasm.c - compares one table of each family with the scalar one, slot by slot.
  *
- *     cc -DCHECK_Q4=bnbq_q4_neon -DCHECK_S8=bnbq_s8_neon checkasm.c <kernel files> formats.c -lm
+ *     cc -DCHECK_Q4=bnbq_q4_neon -DCHECK_S8=bnbq_s8_neon -DCHECK_W4A8=bnbq_w4a8_scalar checkasm.c
+ *         <kernel files> formats.c -lm
  *
  * No Python and no library, so that it runs under an emulator of another processor. Integers and
  * everything that reference.py defines bit by bit must be equal; sums must lie within a bound
@@ -28,6 +29,7 @@
 
 static const bnbq_q4_kernels *const q4 = &CHECK_Q4, *const q4_scalar = &bnbq_q4_scalar;
 static const bnbq_s8_kernels *const s8 = &CHECK_S8, *const s8_scalar = &bnbq_s8_scalar;
+static const bnbq_w4a8_kernels *const w4a8 = &CHECK_W4A8, *const w4a8_scalar = &bnbq_w4a8_scalar;
 
 #ifdef CHECK_TILES_RELEASED
 bool amx_trap_released(void); /* amx_trap.c */
@@ -465,6 +467,53 @@ static void check_q4_products(int64_t random_cases) {
     }
 }
 
+/* ------------------------------------------------------------------ w4a8 */
+
+/* Every bit, for any m, cut and position. */
+static void check_w4a8(int64_t m, int64_t rows, int64_t k, int64_t blocksize, int kind) {
+    CASE("w4a8 m %" PRId64 " rows %" PRId64 " k %" PRId64 " blocksize %" PRId64 " x kind %d", m,
+         rows, k, blocksize, kind);
+    const bool narrow = blocksize < 64;
+    const bnbq_q4_linear *l = narrow ? &w4a8->blocks32 : &w4a8->blocks64;
+    const bnbq_q4_linear *l_scalar = narrow ? &w4a8_scalar->blocks32 : &w4a8_scalar->blocks64;
+    bnbq_q4_rows w;
+    random_rows(&w, rows, k, blocksize);
+    float *x = FLOATS(IN, m * k);
+    for (int64_t i = 0; i < m * k; i++) {
+        static const float odd[] = {NAN, INFINITY, -INFINITY};
+        const float kinds[] = {
+            normal(),
+            i % 2 ? 127.0f : -127.0f,                          /* the greatest sums */
+            ldexpf(uniform(), (int)(i / 32 * 53 % 276) - 149), /* steps denormal to huge */
+            random_below(400) == 0 ? odd[random_below(3)] : normal(),
+        };
+        x[i] = kinds[kind];
+    }
+    const int64_t ldy = rows + random_below(3) * 5;
+    const size_t bytes = (size_t)((m - 1) * ldy + rows) * 4;
+    float *y = guarded(OUT, bytes, 64), *want = guarded(WANT, bytes, 64);
+    linear(l_scalar, x, m, &w, rows, want, ldy);
+    linear(l, x, m, &w, rows, y, ldy);
+    check_canaries();
+    same("y", y, want, bytes); /* and the gaps between its rows untouched */
+    const int64_t i = random_below(m);
+    float *alone = guarded(ALONE, (size_t)rows * 4, 64);
+    linear(l, x + i * k, 1, &w, rows, alone, rows);
+    same("y of a row alone", alone, y + i * ldy, (size_t)rows * 4);
+}
+
+static void check_w4a8_products(int64_t random_cases) {
+    static const int64_t ms[] = {1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 31, 33, 64, 67};
+    for (int64_t t = 0; t < random_cases; t++) {
+        const int64_t m = ms[t % 14], rows = 1 + (t < 64 ? t : random_below(64));
+        const int64_t bs = t % 8 < 5 ? 32 << t % 8 : 64;
+        const int64_t k = bs * (1 + random_below(bs < 128 ? 12 : 3));
+        check_w4a8(m, rows, k, bs, (int)(t / 3 % 4));
+    }
+    check_w4a8(BNBQ_TILE_M, 40, 192, 64, 0);
+    check_w4a8(3, 64, 4096, 4096, 1);
+}
+
 /* ------------------------------------------------------------------ s8 */
 
 static void check_s8_codes(void) {
@@ -781,7 +830,7 @@ int main(int argc, char **argv) {
     CASE("tables");
     if (!q4->quantize || !q4->dequantize || !q4->linear.run || !q4->backward || !s8->quantize ||
         !s8->dequantize || !s8->run || !s8->scale || !s8->decode_columns || !s8->add_outliers ||
-        !s8->backward)
+        !s8->backward || !w4a8->blocks32.run || !w4a8->blocks64.run)
         fail("an empty slot");
     for (int i = 0; i + 1 < BNBQ_BF16_FORMS; i++)
         if (q4->bf16[i + 1].min_m > 0 && q4->bf16[i + 1].min_m <= q4->bf16[i].min_m)
@@ -790,10 +839,11 @@ int main(int argc, char **argv) {
     check_golden(argv[1]);
     check_q4_codes();
     check_q4_products(random_cases);
+    check_w4a8_products(random_cases);
     check_s8_codes();
     check_s8_products(random_cases);
     check_ascending();
-    printf("q4 %s (needs %#x), s8 %s (needs %#x): %" PRId64 " cases equal scalar\n", q4->isa,
-           q4->needs, s8->isa, s8->needs, cases);
+    printf("q4 %s (needs %#x), s8 %s (needs %#x), w4a8 %s: %" PRId64 " cases equal scalar\n",
+           q4->isa, q4->needs, s8->isa, s8->needs, w4a8->isa, cases);
     return 0;
 }

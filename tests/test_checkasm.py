@@ -32,7 +32,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 VNNI = [*AVX512, "-mavx512vnni"]
 BF16 = [*VNNI, "-mavx512bf16"]
 AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-SCALAR = {"edge_scalar": [], "q4_scalar": [], "s8_scalar": []}
+SCALAR = {"edge_scalar": [], "q4_scalar": [], "s8_scalar": [], "w4a8_scalar": []}
 BORROWED = {"q4_avx512": AVX512, "s8_avx512vnni": VNNI}  # by the tables of BF16 and AMX
 DOTPROD = ["-march=armv8.2-a+dotprod"]
 I8MM = ["-march=armv8.2-a+dotprod+i8mm"]
@@ -79,16 +79,16 @@ def compile_object(folder, compiler, source, flags):
     return compiled[key]
 
 
-def build(folder, name, files, q4, s8, compiler=CC, extra=(), sources=()):
-    """checkasm for tables `q4` and `s8`; `files` are kernel files with their flags. Returns the program."""
+def build(folder, name, files, q4, s8, w4a8="w4a8_scalar", compiler=CC, extra=(), sources=()):
+    """checkasm for tables `q4`, `s8` and `w4a8`; `files` are kernel files with their flags. Returns the program."""
     for stem in files:
         if not (KERNELS / f"{stem}.c").exists():
             pytest.skip(f"no {stem}.c in this source tree")
     sources = [*((KERNELS / f"{stem}.c", flags) for stem, flags in {**SCALAR, **files}.items()), *sources]
     objects = [compile_object(folder, compiler, source, flags) for source, flags in sources]
     program = folder / name
-    run([compiler, *FLAGS, "-O2", f"-DCHECK_Q4=bnbq_{q4}", f"-DCHECK_S8=bnbq_{s8}", *extra, TESTS / "checkasm.c",
-         KERNELS.parent / "formats.c", *objects, "-lm", "-o", program])
+    run([compiler, *FLAGS, "-O2", f"-DCHECK_Q4=bnbq_{q4}", f"-DCHECK_S8=bnbq_{s8}", f"-DCHECK_W4A8=bnbq_{w4a8}",
+         *extra, TESTS / "checkasm.c", KERNELS.parent / "formats.c", *objects, "-lm", "-o", program])
     return program
 
 
@@ -138,14 +138,17 @@ def test_the_check_accepts_scalar(folder, golden):
 def test_avx2(folder, golden):
     skip_unless_found(CC)
     skip_unless_cpu_has("avx2", "fma", "f16c")
-    program = build(folder, "avx2", {"q4_avx2": AVX2, "s8_avx2": AVX2}, "q4_avx2", "s8_avx2")
-    assert "q4 avx2" in run([program, golden])
+    files = {"q4_avx2": AVX2, "s8_avx2": AVX2, "w4a8_avx2": AVX2}
+    output = run([build(folder, "avx2", files, "q4_avx2", "s8_avx2", "w4a8_avx2"), golden])
+    assert "q4 avx2" in output and "w4a8 avx2" in output
 
 
 def test_avx512(folder, golden):
     skip_unless_found(CC)
     skip_unless_cpu_has("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
-    assert "q4 avx512" in run([build(folder, "avx512", BORROWED, "q4_avx512", "s8_avx512vnni"), golden])
+    files = {**BORROWED, "w4a8_avx512vnni": VNNI}
+    output = run([build(folder, "avx512", files, "q4_avx512", "s8_avx512vnni", "w4a8_avx512vnni"), golden])
+    assert "q4 avx512" in output and "w4a8 avx512vnni" in output
 
 
 def test_avx512bf16(folder, golden):

@@ -19,7 +19,7 @@ Y = ops.linear4bit(X, QWEIGHT, ABSMAX, N)
 
 
 def linear4bit(x, out, qweight=QWEIGHT, absmax=ABSMAX, bias=None):
-    return _bnbq.linear4bit(x, qweight, absmax, None, None, bias, out, "nf4", 64, None)
+    return _bnbq.linear4bit(x, qweight, absmax, None, None, bias, out, "nf4", 64, None, None)
 
 
 class Producer:

@@ -21,8 +21,9 @@ Q8, A8 = ops.quantize_8bit(W)
 
 
 def linear4bit(x=X, qweight=Q4, absmax=A, absmax2=None, offset=None, bias=None, out=N, quant_type="nf4", blocksize=64,
-               compute_dtype=None):
-    return _bnbq.linear4bit(x, qweight, absmax, absmax2, offset, bias, out, quant_type, blocksize, compute_dtype)
+               compute_dtype=None, activations=None):
+    return _bnbq.linear4bit(x, qweight, absmax, absmax2, offset, bias, out, quant_type, blocksize, compute_dtype,
+                            activations)
 
 
 def backward4bit(gy=GY, qweight=Q4, absmax=A, out=K, blocksize=64, compute_dtype=None):
@@ -92,6 +93,8 @@ WRONG = [
     (lambda: linear4bit(quant_type="\ud800"), ValueError, "linear4bit: quant_type is '\\ud800', wanted one of"),
     (lambda: linear4bit(quant_type=4), TypeError, "linear4bit: quant_type is 4, wanted a str"),
     (lambda: linear4bit(compute_dtype="int8"), ValueError, "linear4bit: compute_dtype is 'int8', wanted 'float32', 'bfloat16', 'float16' or None"),
+    (lambda: linear4bit(activations="int4"), ValueError, "linear4bit: activations is 'int4', wanted 'int8' or None"),
+    (lambda: linear4bit(activations=8), TypeError, "linear4bit: activations is 8, wanted a str or None"),
     (lambda: linear4bit(compute_dtype=8), TypeError, "linear4bit: compute_dtype is 8, wanted a str or None"),
     (lambda: ops.linear4bit(torch.from_numpy(X), Q4, A, N, compute_dtype=torch.uint8), ValueError,
      "linear4bit: compute_dtype is torch.uint8, wanted float32, bfloat16, float16 or None"),
@@ -114,7 +117,7 @@ WRONG = [
     (lambda: ops.dequantize_absmax(A4, None, OFFSET), TypeError, "dequantize_absmax: absmax2 is None, wanted a tensor"),
     (lambda: ops.linear4bit([1.0], Q4, A, N), TypeError, "linear4bit: x is a list, wanted a tensor or an array"),
     (lambda: ops.quantize_4bit(3), TypeError, "quantize_4bit: w is a int, wanted a tensor or an array"),
-    (lambda: _bnbq.linear4bit(), TypeError, "linear4bit: got 0 arguments, wanted 10"),
+    (lambda: _bnbq.linear4bit(), TypeError, "linear4bit: got 0 arguments, wanted 11"),
     (lambda: _bnbq.quantize_8bit(*[None] * 5), TypeError, "quantize_8bit: got 5 arguments, wanted 4"),
     (lambda: _bnbq.set_isa("sse9"), ValueError, "set_isa: sse9 is not an instruction set of this CPU, wanted one of ('scalar'"),
     (lambda: _bnbq.set_isa(3), TypeError, "set_isa: name is 3, wanted a str"),
@@ -219,7 +222,7 @@ GOOD = {
     "dequantize_absmax": lambda: (A4, A2, OFFSET, np.empty_like(A)),
     "quantize_8bit": lambda: (W, np.empty_like(Q8), np.empty_like(A8), 0),
     "dequantize_8bit": lambda: (Q8, A8, np.empty_like(W), 0),
-    "linear4bit": lambda: (X, Q4, A, None, None, BIAS, N, "nf4", 64, None),
+    "linear4bit": lambda: (X, Q4, A, None, None, BIAS, N, "nf4", 64, None, None),
     "linear4bit_backward": lambda: (GY, Q4, A, None, None, K, "nf4", 64, None),
     "linear8bitlt": lambda: (X, Q8, A8, BIAS, None, 6.0, 0),
     "linear8bitlt_backward": lambda: (GY, Q8, A8, None, 0),

@@ -111,8 +111,8 @@ def test_build_info_and_rows_are_complete():
     info = _bnbq.build_info()
     assert set(info) == {"version", "compiler", "cuda", "cuda_archs", "sanitize", "asserts"}
     rows = _bnbq.rows()
-    assert {row["family"] for row in rows} == {"edge", "q4", "s8"}
-    for family in ("edge", "q4", "s8"):
+    assert {row["family"] for row in rows} == {"edge", "q4", "s8", "w4a8"}
+    for family in ("edge", "q4", "s8", "w4a8"):
         assert [row["in_use"] for row in rows if row["family"] == family].count(True) == 1
     for row in rows:
         assert set(row["missing"]) <= set(row["needs"])

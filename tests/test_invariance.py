@@ -18,6 +18,7 @@ def products():
     q, absmax = (torch.from_numpy(a) for a in ref.quantize_8bit(weight(N, K)))
     return {
         "linear4bit": lambda x: ops.linear4bit(x, parts.qweight, parts.absmax, N),
+        "linear4bit int8": lambda x: ops.linear4bit(x, parts.qweight, parts.absmax, N, activations="int8"),
         "linear4bit flat": lambda x: ops.linear4bit(x[:, 1:], flat.qweight, flat.absmax, N),
         "linear4bit backward": lambda x: ops.linear4bit_backward(x[:, :N], parts.qweight, parts.absmax, K),
         "linear8bitlt": lambda x: ops.linear8bitlt(x, q, absmax),
@@ -60,6 +61,13 @@ def test_neighbours_never_change_a_row(name, isa):
         other = torch.from_numpy(activations(m, K, seed=9, outliers=9)) * 100
         other[m // 2] = x[m // 2]
         assert torch.equal(product(x)[m // 2], product(other)[m // 2])
+
+
+def test_batch_never_changes_a_bit_of_int8_activations(isa):
+    product = products()["linear4bit int8"]
+    x = torch.from_numpy(activations(257, K, outliers=4))
+    alone = torch.cat([product(x[i:i + 1]) for i in range(257)])
+    assert all(torch.equal(product(x[257 - m:]), alone[257 - m:]) for m in BATCHES)
 
 
 def test_setting_is_process_wide_and_readable():

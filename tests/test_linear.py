@@ -72,6 +72,44 @@ def test_more_rows_than_a_tile_and_than_a_chunk(isa, threads):
     assert_within(y, x.astype("f8") @ dense.T, np.abs(x).astype("f8") @ np.abs(dense).T, k)
 
 
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
+@pytest.mark.parametrize("name", FORMATS)
+def test_int8_activations_are_bit_exact(name, blocksize, dtype, isa, threads):
+    n, k = 75, 4096 if blocksize == 4096 else 5 * blocksize
+    parts, settings, _ = packed(n, k, name, blocksize)
+    bias = torch.from_numpy(activations(1, n)[0])
+    for m in (1, 2, 3, 4, 5, 16, 70):
+        x = torch.from_numpy(activations(m, k, outliers=3)).to(dtype)
+        want = ref.linear_4bit_int8(x.float().numpy(), parts.qweight.numpy(), parts.absmax.numpy(), n, bias.numpy(), name, blocksize)
+        y = ops.linear4bit(x, parts.qweight, parts.absmax, n, bias, activations="int8", **settings)
+        assert torch.equal(y, torch.from_numpy(want).to(dtype)), m
+
+
+def test_int8_activations_with_compute_dtype_and_double_quantisation(isa):
+    parts, settings, _ = packed(40, 192, double=True)
+    scales = ops.dequantize_absmax(*parts[1:]).numpy()
+    x = torch.from_numpy(activations(9, 192))
+    y = ops.linear4bit(x, parts.qweight, parts.absmax, 40, compute_dtype="bfloat16", activations="int8", **settings)
+    want = ref.linear_4bit_int8(x.bfloat16().float().numpy(), parts.qweight.numpy(), scales, 40)
+    assert np.array_equal(y.numpy(), want)
+
+
+@pytest.mark.parametrize("n,k", [(0, 64), (5, 0), (5, 100)])
+def test_int8_activations_change_nothing_without_whole_blocks(n, k, isa):
+    parts = ops.quantize_4bit(torch.from_numpy(weight(n, k)))
+    x = torch.from_numpy(activations(3, k))
+    assert torch.equal(ops.linear4bit(x, *parts[:2], n, activations="int8"), ops.linear4bit(x, *parts[:2], n))
+
+
+def test_non_finite_activations_in_int8(isa):
+    parts = ops.quantize_4bit(torch.from_numpy(weight(20, 128)))
+    x = activations(8, 128)
+    x[1, 5], x[2, 100], x[6, 64] = np.nan, np.inf, -np.inf
+    y = ops.linear4bit(torch.from_numpy(x), *parts[:2], 20, activations="int8")
+    assert y[[1, 2, 6]].isnan().all() and y[[0, 3, 4, 5, 7]].isfinite().all()
+
+
 HAS_BF16_OUTLIERS = ("avx512bf16", "amx")
 HAS_BF16_BACKWARD = ("avx512bf16",)
 

@@ -237,6 +237,47 @@ def test_long_calls_release_the_gil():
     assert any(ticks)
 
 
+# ------------------------------------------------------------------ int8 activations
+
+
+def test_int8_activations_of_arrays_and_tensors(packed4):
+    x = activations(5, K)
+    y = ops.linear4bit(torch.from_numpy(x), *packed4[:2], N, activations="int8")
+    assert np.array_equal(y.numpy(), ops.linear4bit(x, *[p.numpy() for p in packed4[:2]], N, activations="int8"))
+    error = (y - F.linear(torch.from_numpy(x), packed4[2])).norm() / y.norm()
+    assert 1e-3 < error < 3e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_with_int8_activations_are_those_without(packed4, compiled, dynamo):
+    def function(x, bias, activations):
+        return ops.linear4bit(x, *packed4[:2], N, bias, activations=activations)
+
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x, gy = torch.randn(6, K), torch.randn(6, N)
+    outputs, gradients = [], []
+    for kind in ("int8", None):
+        inputs = x.clone().requires_grad_(), torch.zeros(N, requires_grad=True)
+        y = function(*inputs, kind)
+        first = torch.autograd.grad(y, inputs, gy, create_graph=not compiled)
+        outputs.append(y.detach())
+        gradients.append([g.detach() for g in first])
+    assert not torch.equal(*outputs)
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(outputs[0], ops.linear4bit(x, *packed4[:2], N, torch.zeros(N), activations="int8"))
+
+
+def test_second_derivative_is_a_float_product_with_int8_activations(packed4):
+    x, gy = torch.randn(3, K, requires_grad=True), torch.randn(3, N, requires_grad=True)
+    (gx,) = torch.autograd.grad(ops.linear4bit(x, *packed4[:2], N, activations="int8"), x, gy, create_graph=True)
+    ggx = torch.randn(3, K)
+    (ggy,) = torch.autograd.grad(gx, gy, ggx)
+    assert torch.equal(ggy, ops.linear4bit(ggx, *packed4[:2], N))
+
+
 # ------------------------------------------------------------------ gradients
 
 
@@ -438,7 +479,7 @@ def operators(packed4, packed8):
         "dequantize_absmax": codes,
         "quantize_8bit": (dense, 32),
         "dequantize_8bit": (q8, a8, 0, torch.float16),
-        "linear4bit": (x, q4, *codes, bias, N, "nf4", 64, None),
+        "linear4bit": (x, q4, *codes, bias, N, "nf4", 64, None, "int8"),
         "linear4bit_backward": (gy, q4, a4, None, None, K, "nf4", 64, "bfloat16"),
         "linear8bitlt": (x, q8, a8, None, 6.0, 0),
         "linear8bitlt_backward": (gy, q8, a8, 0),

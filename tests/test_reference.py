@@ -130,3 +130,41 @@ def test_non_finite_weights_are_refused_with_their_index():
     for quantize in (ref.quantize_4bit, ref.quantize_8bit):
         with pytest.raises(ValueError, match=r"nan at index \(2, 5\)"):
             quantize(w)
+
+
+# ------------------------------------------------------------------ int8 activations
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_int8_codebook_uses_the_range_and_is_nearest(name):
+    codebook = ref.FORMATS[name].codebook
+    codes, step = ref.codebook_int8(name)
+    assert codes.max() == (112 if name == "int4" else 127) and codes.min() in (-127, -128)
+    error = np.abs(codes * step - codebook)
+    assert error.max() <= step * (0.5 + 1e-5)
+    if name == "int4":
+        assert error.max() < 1e-6
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 256])
+@pytest.mark.parametrize("name", FORMATS)
+def test_int8_activations_err_by_half_a_step_of_either_operand(name, blocksize):
+    rng = np.random.default_rng(3)
+    n, k, width = 7, 512, min(blocksize, 64)
+    w, x = rng.standard_normal((n, k)).astype(np.float32), rng.standard_normal((5, k)).astype(np.float32)
+    x[:, ::100] *= 40
+    q, absmax = ref.quantize_4bit(w, name, blocksize)
+    dense = np.abs(ref.dequantize_4bit(q, absmax, (n, k), name, blocksize)).astype(np.float64)
+    half_x = np.repeat(np.abs(x.reshape(5, -1, width)).max(2), width, 1) / 254
+    half_w = np.repeat(absmax.reshape(n, -1), blocksize, 1) * ref.codebook_int8(name)[1] / 2
+    bound = half_x @ dense.T + np.abs(x) @ half_w.T + half_x @ half_w.T
+    error = np.abs(ref.linear_4bit_int8(x, q, absmax, n, None, name, blocksize) - ref.linear_4bit(x, q, absmax, n, None, name, blocksize))
+    assert (error <= bound * 1.001).all() and error.max() > bound.max() / 100
+
+
+def test_int8_activations_that_are_not_finite_make_their_row_nan():
+    x = np.ones((4, 128), np.float32)
+    x[1, 5], x[2, 70] = np.nan, -np.inf
+    q, absmax = ref.quantize_4bit(np.zeros((3, 128), np.float32), "nf4", 64)
+    y = ref.linear_4bit_int8(x, q, absmax, 3)
+    assert np.isnan(y[1:3]).all() and (y[[0, 3]] == 0).all()

@@ -48,7 +48,7 @@ def test_kernels_only_compute(path):
 @pytest.mark.parametrize("path", KERNELS, ids=names(KERNELS))
 def test_one_kernel_file_exports_one_table(path):
     family, isa = path.stem.split("_", 1)
-    tables = re.findall(r"^const bnbq_(edge|q4|s8)_kernels bnbq_(\w+) =", code(path), flags=re.M)
+    tables = re.findall(r"^const bnbq_(edge|q4|s8|w4a8)_kernels bnbq_(\w+) =", code(path), flags=re.M)
     assert tables == [(family, f"{family}_{isa}")], tables
     exported = list(re.findall(r"^(?!static|typedef|#|extern)[a-z][\w ]*[ *](\w+)\(", code(path), flags=re.M))
     assert not exported, f"functions that are not static: {exported}"

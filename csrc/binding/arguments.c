@@ -66,6 +66,16 @@ bool bnbq_get_compute_dtype(const bnbq_call *call, PyObject *object, bnbq_dtype 
                      object);
 }
 
+bool bnbq_get_activations(const bnbq_call *call, PyObject *object, bool *int8) {
+    *int8 = object != Py_None;
+    if (!*int8)
+        return true;
+    if (!PyUnicode_Check(object))
+        return bnbq_fail(call, PyExc_TypeError, "activations is %R, wanted a str or None", object);
+    return PyUnicode_CompareWithASCIIString(object, "int8") == 0 ||
+           bnbq_fail(call, PyExc_ValueError, "activations is %R, wanted 'int8' or None", object);
+}
+
 bool bnbq_wrong_shape(const bnbq_call *call, const bnbq_arg *view, const char *wanted, ...) {
     va_list arguments;
     va_start(arguments, wanted);

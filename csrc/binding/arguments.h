@@ -16,6 +16,8 @@ const bnbq_format *bnbq_get_format(const bnbq_call *call, PyObject *object);
 /* `other` stands for None. */
 bool bnbq_get_compute_dtype(const bnbq_call *call, PyObject *object, bnbq_dtype other,
                             bnbq_dtype *dtype);
+/* "int8" or None. */
+bool bnbq_get_activations(const bnbq_call *call, PyObject *object, bool *int8);
 
 /* Raise "arg has shape (2, 3), wanted ..."; returns false. */
 bool bnbq_wrong_shape(const bnbq_call *call, const bnbq_arg *arg, const char *wanted, ...);

@@ -19,7 +19,7 @@
 #error "setup.py defines BNBQ_VERSION"
 #endif
 
-static const char *const families[] = {"edge", "q4", "s8"};
+static const char *const families[] = {"edge", "q4", "s8", "w4a8"};
 enum { FAMILIES = sizeof families / sizeof *families };
 
 static PyObject *none(void) {
@@ -215,7 +215,7 @@ static PyMethodDef methods[] = {
     OP(quantize_8bit, "(w, qweight_out, absmax_out, blocksize, /)\n--\n\n"),
     OP(dequantize_8bit, "(qweight, absmax, out, blocksize, /)\n--\n\n"),
     OP(linear4bit, "(x, qweight, absmax, absmax2, absmax_offset, bias, out, quant_type, blocksize,"
-                   " compute_dtype, /)\n--\n\nout may be an int: the columns of a new tensor."),
+                   " compute_dtype, activations, /)\n--\n\nout may be an int: the columns of a new tensor."),
     OP(linear4bit_backward, "(gy, qweight, absmax, absmax2, absmax_offset, out, quant_type,"
                             " blocksize, compute_dtype, /)\n--\n\n"),
     OP(linear8bitlt, "(x, qweight, absmax, bias, out, threshold, blocksize, /)\n--\n\nout may be "

@@ -250,12 +250,13 @@ PyObject *bnbq_py_linear4bit(PyObject *module, PyObject *const *args, Py_ssize_t
     const bnbq_format *format;
     bnbq_dtype compute;
     int64_t blocksize;
+    bool int8_activations;
     bnbq_weight4 w;
     bnbq_tensor x_rows, out_rows, bias_row, *bias;
     PyObject *result = NULL;
     bnbq_status status = BNBQ_OK;
 
-    if (!begin(&call, module, "linear4bit", nargs, 10))
+    if (!begin(&call, module, "linear4bit", nargs, 11))
         return NULL;
     if (!(x = bnbq_input(&call, args[0], "x", BNBQ_IS_FLOAT)) || !has_columns(&call, x) ||
         !bnbq_view_packed4(&call, args + 1, &packed) ||
@@ -263,14 +264,16 @@ PyObject *bnbq_py_linear4bit(PyObject *module, PyObject *const *args, Py_ssize_t
         !same_rows(&call, x, out) || !(format = bnbq_get_format(&call, args[7])) ||
         !bnbq_get_blocksize(&call, args[8], false, &blocksize) ||
         !bnbq_get_compute_dtype(&call, args[9], x->dtype, &compute) ||
+        !bnbq_get_activations(&call, args[10], &int8_activations) ||
         !bnbq_check_packed4(&call, &packed, "out", columns(out), "x", columns(x), format, blocksize,
                             &w) ||
         !view_bias(&call, args[5], w.n, &bias_row, &bias) || !bnbq_finish(&call) ||
         !bnbq_rows(&call, x, &x_rows) || !bnbq_rows(&call, out, &out_rows))
         return abandon(&call, result);
     if (out->count > 0)
-        RUN_WITHOUT_GIL((double)x->count * (double)w.n,
-                        status = bnbq_linear_4bit(&x_rows, &w, bias, compute, &out_rows));
+        RUN_WITHOUT_GIL(
+            (double)x->count * (double)w.n,
+            status = bnbq_linear_4bit(&x_rows, &w, bias, compute, int8_activations, &out_rows));
     return finish(&call, status, result);
 }
 

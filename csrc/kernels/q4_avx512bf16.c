@@ -264,23 +264,6 @@ static size_t scratch_bytes_many(int64_t m, int64_t k) {
     return sizeof(decoded_rows) + (size_t)((k / 32 + LANES) * BNBQ_TILE_N) * sizeof(float);
 }
 
-/* Zero where there is no row or no block. */
-static void transpose_scales(const bnbq_q4_rows *w, int64_t rows, int64_t blocks, float *scales) {
-    for (int64_t b = 0; b < blocks; b += LANES) {
-        const __mmask16 mask = blocks - b >= LANES ? 0xffff : (__mmask16)((1u << (blocks - b)) - 1);
-        for (int64_t n = 0; n < BNBQ_TILE_N; n += LANES) {
-            __m512i t[LANES];
-            for (int r = 0; r < LANES; r++)
-                t[r] = n + r < rows
-                           ? _mm512_maskz_loadu_epi32(mask, w->absmax + (n + r) * blocks + b)
-                           : _mm512_setzero_si512();
-            transpose16(t);
-            for (int i = 0; i < LANES; i++)
-                _mm512_store_si512(scales + (b + i) * BNBQ_TILE_N + n, t[i]);
-        }
-    }
-}
-
 /* Columns [col, col + GROUP) of W; codes past the rows and columns are 0. */
 static void decode_group(const bnbq_q4_rows *w, int64_t rows, int64_t vectors, int64_t col,
                          uint32_t *pairs) {
@@ -421,7 +404,7 @@ static void linear_many(const void *packed, int64_t m, const bnbq_q4_rows *w, in
                .unit = w->blocksize < GROUP ? w->blocksize : GROUP,
                .ldy = ldy,
                .mask = (__mmask16)(0xffff >> (vectors * LANES - rows))};
-    transpose_scales(w, rows, w->k / w->blocksize, d->scales);
+    transpose_scales(w, rows, 1.0f, d->scales);
     for (int64_t col = 0; col < w->k; col += GROUP) {
         decode_group(w, rows, vectors, col, d->pairs);
         g.cols = w->k - col < GROUP ? w->k - col : GROUP;

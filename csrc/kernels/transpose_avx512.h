@@ -1,6 +1,10 @@
-/* transpose_avx512.h - 16 x 16 elements of 32 bits, turned round in registers. */
+/* transpose_avx512.h - 16 x 16 elements of 32 bits, turned round in registers, and the scales of a
+ * tile so that lanes are rows of W.
+ */
 #ifndef BNBQ_TRANSPOSE_AVX512_H
 #define BNBQ_TRANSPOSE_AVX512_H
+
+#include "../kernels.h"
 
 #include <immintrin.h>
 
@@ -34,6 +38,28 @@ static inline __attribute__((always_inline)) void transpose16(__m512i t[16]) {
         t[8 + i] = _mm512_shuffle_i32x4(u[4 * i], u[4 * i + 1], 0xdd);
         t[4 + i] = _mm512_shuffle_i32x4(u[4 * i + 2], u[4 * i + 3], 0x88);
         t[12 + i] = _mm512_shuffle_i32x4(u[4 * i + 2], u[4 * i + 3], 0xdd);
+    }
+}
+
+/* [k / blocksize][BNBQ_TILE_N], times `factor`, zero where there is no row; in whole vectors of
+ * blocks. */
+static inline void transpose_scales(const bnbq_q4_rows *w, int64_t rows, float factor,
+                                    float *scales) {
+    const int64_t blocks = w->k / w->blocksize;
+    for (int64_t b = 0; b < blocks; b += 16) {
+        const __mmask16 mask = blocks - b >= 16 ? 0xffff : (__mmask16)((1u << (blocks - b)) - 1);
+        for (int64_t n = 0; n < BNBQ_TILE_N; n += 16) {
+            __m512i t[16];
+            for (int r = 0; r < 16; r++) {
+                const __m512 row =
+                    n + r < rows ? _mm512_maskz_loadu_ps(mask, w->absmax + (n + r) * blocks + b)
+                                 : _mm512_setzero_ps();
+                t[r] = _mm512_castps_si512(_mm512_mul_ps(row, _mm512_set1_ps(factor)));
+            }
+            transpose16(t);
+            for (int i = 0; i < 16; i++)
+                _mm512_store_si512(scales + (b + i) * BNBQ_TILE_N + n, t[i]);
+        }
     }
 }
 

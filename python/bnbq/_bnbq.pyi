@@ -58,6 +58,7 @@ def linear4bit(
     quant_type: str,
     blocksize: int,
     compute_dtype: str | None,
+    activations: str | None,
     /,
 ) -> _Tensor | None: ...
 def linear4bit_backward(

@@ -134,7 +134,7 @@ def self_test(_bnbq) -> list[dict]:
     results, chosen = [], _bnbq.isa()
     try:
         for isa in _bnbq.isas():
-            for family, check in (("edge", check_edge), ("q4", check_q4), ("s8", check_s8)):
+            for family, check in (("edge", check_edge), ("q4", check_q4), ("s8", check_s8), ("w4a8", check_w4a8)):
                 result = {"isa": isa, "family": family, "kernel": None, "ok": False, "error": None}
                 try:
                     _bnbq.set_isa(isa)
@@ -244,11 +244,24 @@ def check_q4(_bnbq) -> None:
             for rows in (1, m):
                 for compute, bound in (("float32", (k + 16) * 2.0**-24), ("bfloat16", (k + 16) * 2.0**-24 + 2.0**-8)):
                     y = np.empty((rows, n), np.float32)
-                    _bnbq.linear4bit(x[:rows], q, a, None, None, None, y, quant_type, 64, compute)
+                    _bnbq.linear4bit(x[:rows], q, a, None, None, None, y, quant_type, 64, compute, None)
                     near(y, wanted[:rows], size[:rows], bound, f"{quant_type} product in {compute}, m = {rows}")
             gx = np.empty((m, k), np.float32)
             _bnbq.linear4bit_backward(gy, q, a, None, None, gx, quant_type, 64, "float32")
             near(gx, back, back_size, (n + 16) * 2.0**-24, f"{quant_type} backward")
+
+
+def check_w4a8(_bnbq) -> None:
+    """Multiply int8 activations with each 4-bit format; raises unless every bit is right."""
+    for quant_type in reference.FORMATS:
+        for m, n, k in SHAPES:
+            x, _, _, packed, absmax, *_ = case_q4(quant_type, m, n, k)
+            packed, absmax = packed.reshape(n, -1), absmax.reshape(n, -1)
+            wanted = reference.linear_4bit_int8(x, packed, absmax, n, None, quant_type, 64)
+            for rows in (1, m):
+                y = np.empty((rows, n), np.float32)
+                _bnbq.linear4bit(x[:rows], packed, absmax, None, None, None, y, quant_type, 64, None, "int8")
+                same(y, wanted[:rows], f"{quant_type} product of int8 activations, m = {rows}")
 
 
 def check_s8(_bnbq) -> None:

@@ -1,8 +1,9 @@
 """Gradients of the linear operations: for x and bias; the packed weight is frozen and is all that is saved.
 
-The products are linear in x, so each is the other's derivative and derivatives of any order exist. Every
-function comes twice, because torch.func wants saving apart from computing and torch then binds the arguments
-with inspect.signature, which takes ten times as long as the product of a small layer.
+The products are linear in x, so each is the other's derivative and derivatives of any order exist; rounding
+activations to int8 is left out of them. Every function comes twice, because torch.func wants saving apart from
+computing and torch then binds the arguments with inspect.signature, which takes ten times as long as the product of
+a small layer.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def bias_gradient(ctx, gy: Tensor) -> Tensor | None:
 class Linear4bit(torch.autograd.Function):
     @staticmethod
     def save(ctx, inputs, output=None):
-        x, qweight, absmax, absmax2, absmax_offset, bias, _, *settings = inputs
+        x, qweight, absmax, absmax2, absmax_offset, bias, _, *settings, _ = inputs  # no activations
         ctx.save_for_backward(qweight, absmax, absmax2, absmax_offset)
         ctx.settings = x.shape[-1], *settings
         ctx.bias, ctx.bias_dtype = BIAS["linear4bit"], None if bias is None else bias.dtype
@@ -85,7 +86,7 @@ class Linear4bit(torch.autograd.Function):
         gx = None
         if ctx.needs_input_grad[0]:
             gx = differentiable("linear4bit_backward", gy, *ctx.saved_tensors, *ctx.settings)
-        return gx, None, None, None, None, bias_gradient(ctx, gy), None, None, None, None
+        return gx, None, None, None, None, bias_gradient(ctx, gy), *[None] * 5
 
 
 class Linear4bitBackward(torch.autograd.Function):
@@ -93,7 +94,7 @@ class Linear4bitBackward(torch.autograd.Function):
     def save(ctx, inputs, output=None):
         gy, qweight, absmax, absmax2, absmax_offset, _, *settings = inputs
         ctx.save_for_backward(qweight, absmax, absmax2, absmax_offset)
-        ctx.settings = None, gy.shape[-1], *settings  # no bias
+        ctx.settings = None, gy.shape[-1], *settings, None  # no bias, no rounding to int8
 
     @staticmethod
     def forward(ctx, *inputs):

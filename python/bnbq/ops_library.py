@@ -119,7 +119,8 @@ def linear4bit(x, *arguments):
     return _bnbq.linear4bit(x.resolve_neg(), *arguments)
 
 
-def linear4bit_fake(x, qweight, absmax, absmax2, absmax_offset, bias, out_features, quant_type, blocksize, compute):
+def linear4bit_fake(x, qweight, absmax, absmax2, absmax_offset, bias, out_features, quant_type, blocksize, compute,
+                    activations):
     if qweight.ndim == 2 and qweight.shape[1] > 1:
         columns("linear4bit", x, "x", qweight.shape[1] * 2, "k")
     return x.new_empty((*x.shape[:-1], out_features))
@@ -150,8 +151,8 @@ def linear8bitlt_backward_fake(gy, qweight, absmax, blocksize):
     return gy.new_empty((*gy.shape[:-1], qweight.shape[1]))
 
 
-define(f"linear4bit(Tensor x, {PACKED4}, Tensor? bias, SymInt out_features, {FORMAT4}, str? compute_dtype) -> Tensor",
-       linear4bit, linear4bit_fake)
+define(f"linear4bit(Tensor x, {PACKED4}, Tensor? bias, SymInt out_features, {FORMAT4}, str? compute_dtype, "
+       "str? activations) -> Tensor", linear4bit, linear4bit_fake)
 define(f"linear4bit_backward(Tensor gy, {PACKED4}, SymInt in_features, {FORMAT4}, str? compute_dtype) -> Tensor",
        linear4bit_backward, linear4bit_backward_fake)
 define(f"linear8bitlt(Tensor x, {PACKED8}, Tensor? bias, float threshold, int blocksize) -> Tensor",

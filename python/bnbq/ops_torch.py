@@ -54,23 +54,23 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def linear4bit(x, qweight, absmax, out_features, bias=None, absmax2=None, absmax_offset=None, quant_type="nf4",
-               blocksize=64, compute_dtype=None):
+               blocksize=64, compute_dtype=None, activations=None):
     if compute_dtype is not None:
         compute_dtype = compute_name("linear4bit", compute_dtype)
     if is_dynamo_compiling():
         op = torch.ops.bnbq.linear4bit_autograd if is_differentiated(x, bias) else torch.ops.bnbq.linear4bit
         return op(autocast(x), qweight, absmax, absmax2, absmax_offset, bias, out_features, quant_type, blocksize,
-                  compute_dtype)
+                  compute_dtype, activations)
     if maybe_autocast():
         x = autocast(x)
     if not (is_differentiated(x, bias) or is_watched(x)):
         try:
             return _bnbq.linear4bit(x, qweight, absmax, absmax2, absmax_offset, bias, out_features, quant_type,
-                                    blocksize, compute_dtype)
+                                    blocksize, compute_dtype, activations)
         except RuntimeError:
             pass  # raised again below if nothing else helps
     return differentiable("linear4bit", x, qweight, absmax, absmax2, absmax_offset, bias, out_features, quant_type,
-                          blocksize, compute_dtype)
+                          blocksize, compute_dtype, activations)
 
 
 def linear8bitlt(x, qweight, absmax, bias=None, threshold=6.0, blocksize=0):

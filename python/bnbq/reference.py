@@ -26,6 +26,8 @@ from statistics import NormalDist
 import numpy as np
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+ACTIVATION_BLOCK = 64
+"""Columns of a block of int8 activations of a 4-bit layer, at most."""
 ABSMAX_BLOCK = 256
 """Block of the second level of double quantisation, in first-level scales."""
 
@@ -198,6 +200,40 @@ def linear_4bit_backward(gy, qweight, absmax, k: int, quant_type: str = "nf4", b
     """Gradient to the input, gy[m, n] . W[n, k], in float64."""
     w = dequantize_4bit(qweight, absmax, (gy.shape[-1], k), quant_type, blocksize)
     return gy.astype(np.float64) @ w.astype(np.float64)
+
+
+def codebook_int8(quant_type: str):
+    """The codebook in int8 at the largest scale that fits, and the step: i8[16], f32 value of one.
+
+    127 for nf4 and fp4; 112 for int4, whose code 0 is -8/7, so that it is exact.
+    """
+    codebook = find_format(quant_type).codebook
+    scale = min(np.float32(127) / codebook.max(), np.float32(128) / -codebook.min())
+    return np.rint(codebook * scale).astype(np.int8), np.float32(1) / scale
+
+
+def linear_4bit_int8(x, qweight, absmax, n: int, bias=None, quant_type: str = "nf4", blocksize: int = 64) -> np.ndarray:
+    """``activations="int8"``: both operands rounded to int8, y f32[m, n] defined bit by bit.
+
+    Blocks of x have min(blocksize, 64) columns and the scale of their own absmax; k % blocksize must be 0. Sums over
+    a block are exact. A NaN or an Inf in x makes its row of y NaN: the steps of its block are NaN.
+    """
+    x = np.asarray(x, np.float32)
+    m, k = x.shape
+    width = min(blocksize, ACTIVATION_BLOCK)
+    finite = np.isfinite(x)
+    q, x_absmax = quantize_rows(x.reshape(-1, width), ~finite.reshape(-1, width))
+    q = q.reshape(m, k).astype(np.int64)
+    steps = np.where(finite.reshape(-1, width).all(1), x_absmax * INV127, np.float32(np.nan)).reshape(m, -1)
+    codes = np.stack([qweight.ravel() >> 4, qweight.ravel() & 15], 1).reshape(n, k)
+    codebook, step = codebook_int8(quant_type)
+    w = codebook[codes].astype(np.int64)
+    scales = absmax.reshape(n, -1) * step
+    y = np.zeros((m, n), np.float32)
+    for i, s in enumerate(column_blocks(k, width)):
+        product = (q[:, s] @ w[:, s].T).astype(np.float32)
+        y += product * (steps[:, i, None] * scales[:, s.start // blocksize])
+    return y if bias is None else y + np.asarray(bias, np.float32)
 
 
 # ------------------------------------------------------------------ 8 bit
