@@ -189,7 +189,7 @@ def quantized_net(dtype=torch.float32):
         ]
     ):
         net.blocks[i] = kind.from_linear(net.blocks[i], **settings)
-    net.odd = nn.Linear4bit.from_linear(net.odd, quant_type="fp4", blocksize=128)
+    net.odd = nn.Linear4bit.from_linear(net.odd, quant_type="fp4", blocksize=128, activations="int8")
     net.steps += 4
     return net
 
@@ -216,6 +216,7 @@ def test_save_and_load(tmp_path, dtype):
         assert loaded.head.weight is loaded.embed.weight
         assert (
             loaded.blocks[0].compute_dtype == torch.bfloat16
+            and (loaded.odd.activations, loaded.blocks[0].activations) == ("int8", None)
             and loaded.blocks[1].threshold == 3.0
             and loaded.blocks[0].weight_dtype == dtype
         )

@@ -17,6 +17,21 @@ def test_defaults():
     assert BnbqConfig(load_in_4bit=True) == config == BnbqConfig(bits=4, load_in_8bit=False)
 
 
+def test_activations():
+    config = BnbqConfig(activations="int8")
+    assert config.layer_settings()["activations"] == "int8" and BnbqConfig().layer_settings()["activations"] is None
+    stored = config.to_dict()
+    assert stored["activations"] == "int8" and "activations" not in BnbqConfig().to_dict()
+    assert BnbqConfig.from_dict(json.loads(json.dumps(stored))) == config != BnbqConfig()
+    for bad, kind, text in (
+        ({"activations": "fp8"}, ValueError, "activations: got 'fp8'"),
+        ({"activations": 8}, TypeError, "activations: got 8"),
+        ({"activations": "int8", "bits": 8}, ValueError, "is for 4-bit layers"),
+    ):
+        with pytest.raises(kind, match=text):
+            BnbqConfig(**bad)
+
+
 def test_eight_bits():
     config = BnbqConfig(load_in_8bit=True, llm_int8_threshold=4)
     assert (config.bits, config.quant_type, config.blocksize, config.threshold) == (8, "int8", 0, 4.0)

@@ -199,6 +199,14 @@ def test_default_dtype_is_the_weights():
         ),
         (lambda: nn.set_compute_dtype(nn.Linear4bit(64, 8), torch.int8), TypeError, "set_compute_dtype"),
         (lambda: nn.set_compute_dtype(torch_nn.Linear(4, 4), None), ValueError, "no quantised layer"),
+        (lambda: nn.Linear4bit(64, 8, activations="int4"), ValueError, "Linear4bit.activations: got 'int4'"),
+        (lambda: setattr(nn.Linear4bit(64, 8), "activations", 8), TypeError, "Linear4bit.activations: got 8"),
+        (
+            lambda: nn.set_activations(nn.Linear4bit(64, 8), "fp8"),
+            ValueError,
+            "set_activations: activations: got 'fp8'",
+        ),
+        (lambda: nn.set_activations(nn.Linear8bitLt(64, 8), "int8"), ValueError, "no 4-bit layer"),
     ],
 )
 def test_bad_settings(build, kind, text):
@@ -303,6 +311,21 @@ def test_compute_dtype_rounds_the_input():
     )
     assert torch.equal(eight(x), copy.deepcopy(eight)(x.bfloat16().float()))
     assert nn.set_compute_dtype(layer, None) == 1 and layer.compute_dtype is None
+
+
+def test_int8_activations():
+    torch.manual_seed(0)
+    layer = nn.Linear4bit(128, 8, activations="int8", double_quant=True)
+    x = torch.randn(5, 128)
+    state = tensors(layer)
+    rounded = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), rounded) and torch.equal(pickle.loads(pickle.dumps(layer))(x), rounded)
+    assert layer.activations == "int8" and "activations=int8" in repr(layer)
+    other = nn.Linear8bitLt(128, 8)
+    assert nn.set_activations(torch_nn.Sequential(other, layer), None) == 1 and layer.activations is None
+    assert "activations" not in repr(layer) and not torch.equal(layer(x), rounded)
+    assert nn.set_activations(layer, "int8") == 1 and torch.equal(layer(x), rounded)
+    assert_same(state, tensors(layer))
 
 
 def test_bad_inputs(layer):

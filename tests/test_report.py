@@ -197,6 +197,14 @@ def test_explain_knows_which_products_round_to_bf16(isa):
         assert torch.equal(layer(x), exact) == said, m
 
 
+def test_explain_names_int8_activations(isa):
+    used = next(row["isa"] for row in _bnbq.rows() if row["family"] == "w4a8" and row["in_use"])
+    answer = explain(nn.Linear4bit(64, 8, activations="int8"))
+    assert answer.kernel == f"w4a8 {used}, int8 activations" and "costs quality" in str(answer)
+    assert "int8 activations" in str(report(torch_nn.Sequential(nn.Linear4bit(64, 8, activations="int8"))))
+    assert "w4a8" not in explain(nn.Linear4bit(100, 8, activations="int8")).kernel
+
+
 def test_explain_when_batch_invariant(batch_invariant):
     assert "batch invariant" in str(explain(nn.Linear4bit(64, 8, compute_dtype="bfloat16")))
 

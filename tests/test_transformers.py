@@ -357,6 +357,13 @@ def test_keyword_style(llama, tmp_path):
     assert_same(bnbq.from_pretrained(AUTO, tmp_path, load_in_4bit=True, use_cache=False), four)
     model = bnbq.from_pretrained(AUTO, tmp_path, compute_dtype=torch.float32)
     assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+    model = bnbq.from_pretrained(AUTO, tmp_path, activations="int8")
+    assert_same(model, four)
+    assert model.model.layers[0].mlp.up_proj.activations == "int8"
+    model.save_pretrained(tmp_path / "again")
+    again = bnbq.from_pretrained(AUTO, tmp_path / "again")
+    assert again.model.layers[0].mlp.up_proj.activations == "int8" and torch.equal(logits(again), logits(model))
+    assert not torch.equal(logits(again), logits(four))
     with pytest.raises(ValueError, match="quantised to 4 bits"):
         bnbq.from_pretrained(AUTO, tmp_path, load_in_8bit=True)
     with pytest.raises(TypeError, match="blocksiz"):

@@ -16,6 +16,7 @@ _HOME = {
     "ops": "bnbq.ops",
     "BnbqConfig": "bnbq.config",
     "quantize_model": "bnbq.replace",
+    "set_activations": "bnbq.nn",
     "set_compute_dtype": "bnbq.nn",
     "set_batch_invariant": "bnbq.ops",
     "report": "bnbq.report",

@@ -209,6 +209,8 @@ def layer_settings(layer) -> dict:
         "compute_dtype": dtype_name(layer.compute_dtype),
     }
     if isinstance(layer, nn.Linear4bit):
+        if layer.activations is not None:
+            settings["activations"] = layer.activations
         return {
             "class": "Linear4bit",
             **settings,
@@ -236,6 +238,8 @@ def layer_from_settings(settings: dict, where: str, device="meta"):
         "blocksize": int,
     }
     wanted |= {"quant_type": str, "double_quant": bool} if build is nn.Linear4bit else {"threshold": (int, float)}
+    if build is nn.Linear4bit and "activations" in settings:
+        wanted["activations"] = str
     for key, kind in wanted.items():
         if key not in settings:
             raise ValueError(f"{where}: no {key!r} in its settings")

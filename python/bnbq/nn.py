@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .config import check_blocksize, check_bool, check_quant_type, check_threshold, parse_dtype
+from .config import check_activations, check_blocksize, check_bool, check_quant_type, check_threshold, parse_dtype
 from .state import METADATA_KEY, checked_entries, describe, format_metadata
 from .virtual_weight import VirtualWeight
 
@@ -263,6 +263,9 @@ class Linear4bit(QuantizedLinear):
         blocksize: elements that share a scale: 32, 64, 128 ... 4096.
         double_quant: quantise the scales too (QLoRA section 3): 0.4 bits per element less at blocksize 64.
         compute_dtype: float32, bfloat16 or float16 (torch.dtype or name); None (default) is the input's dtype.
+        activations: "int8" rounds x to int8 in blocks of min(blocksize, 64) columns, and the codebook with it: less
+            exact, and with AVX-512 VNNI faster. Gradients stay those of the default, None. No effect where in_features
+            is no multiple of blocksize.
         weight_dtype: what ``weight`` reports and dequantises to; None is torch's default dtype.
         device: "meta" makes an unfilled layer.
 
@@ -280,6 +283,7 @@ class Linear4bit(QuantizedLinear):
         blocksize: int = 64,
         double_quant: bool = False,
         compute_dtype=None,
+        activations: str | None = None,
         weight_dtype: torch.dtype | None = None,
         device=None,
     ):
@@ -288,12 +292,22 @@ class Linear4bit(QuantizedLinear):
         self._blocksize = check_blocksize(blocksize)
         self._double_quant = check_bool(double_quant, "double_quant")
         self.compute_dtype = compute_dtype
+        self.activations = activations
         self._build(in_features, out_features, bias, weight_dtype, device)
 
     # The format belongs to the bytes: it cannot be assigned.
     quant_type = property(lambda self: self._quant_type, doc='"nf4", "fp4" or "int4"')
     blocksize = property(lambda self: self._blocksize, doc="elements per scale")
     double_quant = property(lambda self: self._double_quant, doc="whether the scales are quantised")
+
+    @property
+    def activations(self) -> str | None:
+        """None, or "int8": what inputs are rounded to beyond ``compute_dtype``."""
+        return self._activations
+
+    @activations.setter
+    def activations(self, value) -> None:
+        self._activations = check_activations(value, f"{type(self).__name__}.activations")
 
     def packed_spec(self):
         n, k, blocksize = self.out_features, self.in_features, self._blocksize
@@ -342,10 +356,12 @@ class Linear4bit(QuantizedLinear):
             quant_type=self._quant_type,
             blocksize=self._blocksize,
             compute_dtype=self._compute_dtype,
+            activations=self._activations,
         )
 
     def _extra_settings(self):
-        return {"quant_type": self._quant_type, "blocksize": self._blocksize, "double_quant": self._double_quant}
+        settings = self.format()
+        return settings if self._activations is None else {**settings, "activations": self._activations}
 
 
 class LinearNF4(Linear4bit):
@@ -482,4 +498,18 @@ def set_compute_dtype(model: nn.Module, dtype) -> int:
         raise ValueError(f"set_compute_dtype: {type(model).__name__} has no quantised layer")
     for layer in layers:
         layer.compute_dtype = dtype
+    return len(layers)
+
+
+def set_activations(model: nn.Module, activations: str | None) -> int:
+    """Set ``activations`` of every 4-bit layer of a model: "int8", or None for no rounding. Returns their number.
+
+    Raises TypeError or ValueError for anything else, ValueError for a model without 4-bit layers.
+    """
+    check_activations(activations, "set_activations: activations")
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if not layers:
+        raise ValueError(f"set_activations: {type(model).__name__} has no 4-bit layer")
+    for layer in layers:
+        layer.activations = activations
     return len(layers)

@@ -346,7 +346,8 @@ def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
     if m is not None and (isinstance(m, bool) or not isinstance(m, int) or m < 0):
         raise ValueError(f"explain: m is {m!r}, expected a number of rows")
     four = isinstance(layer, nn.Linear4bit)
-    family = "q4" if four else "s8"
+    crossing = four and layer.in_features % layer.blocksize != 0
+    family = "s8" if not four else "w4a8" if layer.activations and not crossing else "q4"
     dtype = str((layer.compute_dtype if four else None) or layer.weight_dtype).removeprefix("torch.")
     device = layer.qweight.device
     if device.type == "meta":  # unfilled, or offloaded: then Accelerate's hook knows where it will run
@@ -367,12 +368,15 @@ def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
             f"not {faster['isa']}: "
             + (f"this CPU lacks {' '.join(missing)}" if missing else "capped by BNBQ_ISA or set_isa")
         )
-    if four and layer.in_features % layer.blocksize:
+    if crossing:
         kernel += ", blocks cross rows"
         reasons.append(
             f"in_features {layer.in_features} is no multiple of blocksize {layer.blocksize}: the generic path decodes "
             "the rows to fp32 first (correct, not fast)"
         )
+    elif family == "w4a8":
+        kernel += ", int8 activations"
+        reasons.append("activations='int8': x and the codebook are rounded to int8, which costs quality")
     elif four and dtype == "bfloat16":
         reasons.append(bfloat16_reason(row["bf16_min_m"], row["bf16_max_m"], m))
     if not four:

@@ -96,6 +96,8 @@ def merge_settings(stored: dict, wanted, given: dict, whole: bool, where):
     merged = config.to_native_dict()
     if wanted.compute_dtype is not None:
         merged["compute_dtype"] = wanted.compute_dtype
+    if wanted.activations is not None:
+        merged["activations"] = wanted.activations
     for key in {"threshold", "checkpoint_format"} & {settings.BNB_NAMES.get(name, name) for name in given}:
         merged[key] = getattr(wanted, key)
     return BnbqConfig(**merged)

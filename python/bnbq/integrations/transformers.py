@@ -162,6 +162,7 @@ class BnbqQuantizer(HfQuantizer):
             blocksize=described["blocksize"],
             double_quant=described["double_quant"],
             compute_dtype=config.compute_dtype,
+            activations=config.activations,
         )
 
     def swap(self, model, configs: dict) -> None:
@@ -464,8 +465,8 @@ def from_pretrained(model_class, name_or_path, *args, quantization_config=None, 
             BnbqConfig), and whatever ``from_pretrained`` takes.
 
     A float checkpoint is quantised while it loads; without any settings it is loaded as it is. A quantised one,
-    written by bnbq or by bitsandbytes, is loaded bit for bit: of the settings only compute_dtype, threshold,
-    checkpoint_format and the bits (which must agree) matter then. Nothing global changes: bitsandbytes' own
+    written by bnbq or by bitsandbytes, is loaded bit for bit: of the settings only compute_dtype, activations,
+    threshold, checkpoint_format and the bits (which must agree) matter then. Nothing global changes: bitsandbytes' own
     checkpoints keep loading with bitsandbytes elsewhere in the process.
     """
     from .loading import load
