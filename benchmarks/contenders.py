@@ -63,6 +63,12 @@ def bnbq_nf4_dq(w, dtype, training):
     return bnbq_nf4(w, dtype, training, double_quant=True)
 
 
+def bnbq_nf4_a8(w, dtype, training):
+    """activations="int8"."""
+    layer = Linear4bit.from_linear(linear(w), quant_type="nf4", activations="int8")
+    return Contender([layer], tensor_bytes(layer), "int8", dtype)
+
+
 def bnbq_int8(w, dtype, training):
     layer = Linear8bitLt.from_linear(linear(w))
     return Contender([layer], tensor_bytes(layer), name_of(dtype) if training else "int8", dtype)
@@ -154,6 +160,7 @@ def bitsandbytes_8bit(w, dtype, training):
 
 BUILDERS = {
     "bnbq nf4": bnbq_nf4,
+    "bnbq nf4 a8": bnbq_nf4_a8,
     "bnbq int8": bnbq_int8,
     "torch bf16": torch_bf16,
     "torch fp32": torch_fp32,
