@@ -685,7 +685,8 @@ static void multiply_outliers(const float *value, int64_t ldv, int64_t m, const 
 
 static void check_s8_outliers(int64_t m, int64_t rows, int64_t k, int64_t blocksize) {
     enum { N = BNBQ_TILE_N };
-    CASE("s8 multiply_outliers_bf16 m %" PRId64 " rows %" PRId64 " k %" PRId64 " blocksize %" PRId64,
+    CASE("s8 multiply_outliers_bf16 m %" PRId64 " rows %" PRId64 " k %" PRId64
+         " blocksize %" PRId64,
          m, rows, k, blocksize);
     const int64_t blocks = (k + blocksize - 1) / blocksize, share = 1 + random_below(20);
     int8_t *q = BYTES(W, rows * k);

@@ -214,8 +214,9 @@ static PyMethodDef methods[] = {
     OP(dequantize_absmax, "(codes, absmax2, absmax_offset, out, /)\n--\n\n"),
     OP(quantize_8bit, "(w, qweight_out, absmax_out, blocksize, /)\n--\n\n"),
     OP(dequantize_8bit, "(qweight, absmax, out, blocksize, /)\n--\n\n"),
-    OP(linear4bit, "(x, qweight, absmax, absmax2, absmax_offset, bias, out, quant_type, blocksize,"
-                   " compute_dtype, activations, /)\n--\n\nout may be an int: the columns of a new tensor."),
+    OP(linear4bit,
+       "(x, qweight, absmax, absmax2, absmax_offset, bias, out, quant_type, blocksize,"
+       " compute_dtype, activations, /)\n--\n\nout may be an int: the columns of a new tensor."),
     OP(linear4bit_backward, "(gy, qweight, absmax, absmax2, absmax_offset, out, quant_type,"
                             " blocksize, compute_dtype, /)\n--\n\n"),
     OP(linear8bitlt, "(x, qweight, absmax, bias, out, threshold, blocksize, /)\n--\n\nout may be "
