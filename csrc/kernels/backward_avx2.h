@@ -55,9 +55,8 @@ static void backward_part(const float *gy, const float *panel, int64_t n, int64_
     memcpy(gx, part, (size_t)cols * sizeof *gx);
 }
 
-static void backward_panel_any(int64_t xs, const void *of, int64_t ldg, const void *panel,
+static void backward_panel_any(int64_t xs, const float *gy, int64_t ldg, const float *panel,
                                int64_t n, int64_t cols, bool first, float *gx, int64_t ldgx) {
-    const float *gy = of;
     if (cols < BACKWARD_PANEL) {
         for (int64_t i = 0; i < xs; i++)
             backward_part(gy + i * ldg, panel, n, cols, first, gx + i * ldgx);
@@ -69,5 +68,8 @@ static void backward_panel_any(int64_t xs, const void *of, int64_t ldg, const vo
     default: backward_whole(3, gy, ldg, panel, n, first, gx, ldgx); break;
     }
 }
+
+static const backward_kernel backward_fp32 = {BACKWARD_ROWS, BACKWARD_PANEL, BACKWARD_GROUP,
+                                              backward_panel_any};
 
 #endif

@@ -53,7 +53,7 @@ BNBQ_INLINE void backward_panel(const int xs, const float *gy, int64_t ldg, cons
             _mm512_mask_storeu_ps(gx + i * ldgx + 16 * v, mask[v], sum[i][v]);
 }
 
-static void backward_panel_any(int64_t xs, const void *gy, int64_t ldg, const void *panel,
+static void backward_panel_any(int64_t xs, const float *gy, int64_t ldg, const float *panel,
                                int64_t n, int64_t cols, bool first, float *gx, int64_t ldgx) {
     switch (xs) {
     case 1: backward_panel(1, gy, ldg, panel, n, cols, first, gx, ldgx); break;
@@ -64,5 +64,8 @@ static void backward_panel_any(int64_t xs, const void *gy, int64_t ldg, const vo
     default: backward_panel(6, gy, ldg, panel, n, cols, first, gx, ldgx); break;
     }
 }
+
+static const backward_kernel backward_fp32 = {BACKWARD_ROWS, BACKWARD_PANEL, BACKWARD_GROUP,
+                                              backward_panel_any};
 
 #endif

@@ -10,34 +10,42 @@
 
 #include "blocking.h"
 
-typedef struct backward_product {
-    const void *gy;
-    int64_t gy_size; /* of an element */
-    int64_t ldg, m, n, cols;
-    float *gx;
-    int64_t ldgx;
-    int64_t panel_rows, panel_cols;
-    int64_t group; /* rows of gy per call of the inner kernel, at most */
-    const void *w;
-    /* Rows [row, row + rows) of W, columns [col, col + cols) of the product, cols <= panel_cols. */
-    void (*decode)(const void *w, int64_t row, int64_t rows, int64_t col, int64_t cols,
-                   void *panel);
-    /* gx[xs, cols] = or += gy[xs, rows] . panel */
-    void (*multiply)(int64_t xs, const void *gy, int64_t ldg, const void *panel, int64_t rows,
+/* Of one instruction set. */
+typedef struct backward_kernel {
+    int64_t panel_rows, panel_cols; /* of W, decoded at a time */
+    int64_t group;                  /* rows of gy per call of multiply, at most */
+    /* gx[xs, cols] = or += gy[xs, rows] . panel[rows, panel_cols] */
+    void (*multiply)(int64_t xs, const float *gy, int64_t ldg, const float *panel, int64_t rows,
                      int64_t cols, bool first, float *gx, int64_t ldgx);
-    void *scratch;
-} backward_product;
+} backward_kernel;
 
-BNBQ_INLINE void run_backward(backward_product p) {
-    for (int64_t n0 = 0; n0 < p.n; n0 += p.panel_rows) {
-        const int64_t rows = p.n - n0 < p.panel_rows ? p.n - n0 : p.panel_rows;
-        for (int64_t c = 0; c < p.cols; c += p.panel_cols) {
-            const int64_t cols = p.cols - c < p.panel_cols ? p.cols - c : p.panel_cols;
-            p.decode(p.w, n0, rows, c, cols, p.scratch);
-            for (int64_t i = 0, xs; i < p.m; i += xs) {
-                xs = rows_next(p.m - i, p.group);
-                p.multiply(xs, (const char *)p.gy + (i * p.ldg + n0) * p.gy_size, p.ldg, p.scratch,
-                           rows, cols, n0 == 0, p.gx + i * p.ldgx + c, p.ldgx);
+/* Rows [row, row + rows) of W, columns [col, col + cols) of the product, cols <= panel_cols. */
+typedef void decode_panel_fn(const void *w, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                             float *panel);
+
+/* What the decode functions of the two families are called with. */
+typedef struct backward_q4 {
+    const bnbq_q4_rows *w;
+    int64_t k0;
+} backward_q4;
+
+typedef struct backward_s8 {
+    const int8_t *w;
+    int64_t ldw;
+} backward_s8;
+
+BNBQ_INLINE void run_backward(const backward_kernel k, decode_panel_fn *decode, const void *w,
+                              const float *gy, int64_t ldg, int64_t m, int64_t n, int64_t cols,
+                              float *gx, int64_t ldgx, float *panel) {
+    for (int64_t n0 = 0; n0 < n; n0 += k.panel_rows) {
+        const int64_t rows = n - n0 < k.panel_rows ? n - n0 : k.panel_rows;
+        for (int64_t c = 0; c < cols; c += k.panel_cols) {
+            const int64_t some = cols - c < k.panel_cols ? cols - c : k.panel_cols;
+            decode(w, n0, rows, c, some, panel);
+            for (int64_t i = 0, xs; i < m; i += xs) {
+                xs = rows_next(m - i, k.group);
+                k.multiply(xs, gy + i * ldg + n0, ldg, panel, rows, some, n0 == 0,
+                           gx + i * ldgx + c, ldgx);
             }
         }
     }

@@ -311,23 +311,17 @@ static void linear_q4_avx2(const void *packed, int64_t m, const bnbq_q4_rows *w,
 
 /* ---------------------------------------------------------------- backward */
 
-typedef struct backward_weight {
-    const bnbq_q4_rows *w;
-    int64_t k0;
-} backward_weight;
-
 static void decode_panel(const void *of, int64_t row, int64_t rows, int64_t col, int64_t cols,
-                         void *panel) {
-    const bnbq_q4_rows *w = ((const backward_weight *)of)->w;
-    const int64_t k0 = ((const backward_weight *)of)->k0 + col, blocks = w->k / w->blocksize;
+                         float *panel) {
+    const bnbq_q4_rows *w = ((const backward_q4 *)of)->w;
+    const int64_t k0 = ((const backward_q4 *)of)->k0 + col, blocks = w->k / w->blocksize;
     const int64_t block = k0 >> log2_of(w->blocksize); /* one: a panel is 32 columns */
-    float *out = panel;
-    for (int64_t r = row; r < row + rows; r++, out += BACKWARD_PANEL) {
+    for (int64_t r = row; r < row + rows; r++, panel += BACKWARD_PANEL) {
         const uint8_t *q = w->qweight + (r * w->k + k0) / 2;
         const float *absmax = w->absmax + r * blocks + block;
         _mm_prefetch((const char *)(q + BACKWARD_AHEAD * w->k / 2), _MM_HINT_T0);
         _mm_prefetch((const char *)(absmax + BACKWARD_AHEAD * blocks), _MM_HINT_T0);
-        decode(q, cols, scaled(w->codebook, *absmax), out);
+        decode(q, cols, scaled(w->codebook, *absmax), panel);
     }
 }
 
@@ -335,25 +329,8 @@ static void backward_q4_avx2(const float *gy, int64_t ldg, int64_t m, const bnbq
                              int64_t n, int64_t k0, int64_t cols, float *gx, int64_t ldgx,
                              void *scratch) {
     assert(m >= 1 && m <= BNBQ_TILE_M && k0 % 32 == 0 && cols >= 1 && cols <= BNBQ_TILE_K);
-    const backward_weight of = {w, k0};
-    const backward_product product = {
-        .gy = gy,
-        .gy_size = sizeof *gy,
-        .ldg = ldg,
-        .m = m,
-        .n = n,
-        .cols = cols,
-        .gx = gx,
-        .ldgx = ldgx,
-        .panel_rows = BACKWARD_ROWS,
-        .panel_cols = BACKWARD_PANEL,
-        .group = BACKWARD_GROUP,
-        .w = &of,
-        .decode = decode_panel,
-        .multiply = backward_panel_any,
-        .scratch = scratch,
-    };
-    run_backward(product);
+    const backward_q4 of = {w, k0};
+    run_backward(backward_fp32, decode_panel, &of, gy, ldg, m, n, cols, gx, ldgx, scratch);
 }
 
 const bnbq_q4_kernels bnbq_q4_avx2 = {

@@ -324,21 +324,15 @@ static void linear_s8_avx512(const void *packed, int64_t m, const int8_t *w, int
 
 /* ---------------------------------------------------------------- backward */
 
-typedef struct weight {
-    const int8_t *w;
-    int64_t ldw;
-} weight;
-
 static void decode_panel(const void *of, int64_t row, int64_t rows, int64_t col, int64_t cols,
-                         void *panel) {
-    const weight *weight = of;
-    float *out = panel;
-    for (int64_t r = row; r < row + rows; r++, out += BACKWARD_PANEL) {
+                         float *panel) {
+    const backward_s8 *weight = of;
+    for (int64_t r = row; r < row + rows; r++, panel += BACKWARD_PANEL) {
         const int8_t *w = weight->w + r * weight->ldw + col;
         _mm_prefetch((const char *)w + BACKWARD_AHEAD * weight->ldw, _MM_HINT_T0);
         for (int64_t c = 0; c < cols; c += 16) {
             __m128i codes = _mm_maskz_loadu_epi8(first16(cols - c), w + c);
-            _mm512_storeu_ps(out + c, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
+            _mm512_storeu_ps(panel + c, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
         }
     }
 }
@@ -347,25 +341,8 @@ static void backward_s8_avx512(const float *gy, int64_t ldg, int64_t m, const in
                                int64_t ldw, int64_t n, int64_t cols, float *gx, int64_t ldgx,
                                void *scratch) {
     assert(m >= 1 && m <= BNBQ_TILE_M && cols >= 1 && cols <= BNBQ_TILE_K);
-    const weight of = {w, ldw};
-    const backward_product product = {
-        .gy = gy,
-        .gy_size = sizeof *gy,
-        .ldg = ldg,
-        .m = m,
-        .n = n,
-        .cols = cols,
-        .gx = gx,
-        .ldgx = ldgx,
-        .panel_rows = BACKWARD_ROWS,
-        .panel_cols = BACKWARD_PANEL,
-        .group = BACKWARD_GROUP,
-        .w = &of,
-        .decode = decode_panel,
-        .multiply = backward_panel_any,
-        .scratch = scratch,
-    };
-    run_backward(product);
+    const backward_s8 of = {w, ldw};
+    run_backward(backward_fp32, decode_panel, &of, gy, ldg, m, n, cols, gx, ldgx, scratch);
 }
 
 const bnbq_s8_kernels bnbq_s8_avx512vnni = {
