@@ -53,7 +53,7 @@ KERNELS = {
     },
 }
 FLAGS = ["-std=c11", "-fno-wrapv", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
-CUDA_ARCHS = "75;80;86;89;90;100;120"
+CUDA_ARCHS = "75;80;86;89;90a;100;120"
 
 ROOT = Path(__file__).resolve().parent
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has none
@@ -139,7 +139,9 @@ class BuildExt(build_ext):
         archs = os.environ.get("BNBQ_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";")
         flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc", "-Icuda"]
         flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        flags += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+        flags += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX, for what comes after it
+        flags += ["--compress-mode=size"]
+        flags += ["-Werror", "all-warnings"] if switch("BNBQ_WERROR") else []
         flags += [f'-DBNBQ_CUDA_ARCHS="{" ".join("sm_" + a for a in archs)}"']
         return self.compile_one(source, flags, newest, lambda out: subprocess.check_call(
             [nvcc, *flags, "-c", source, "-o", out]))

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE_TESTS = ["test_quantize.py", "test_linear.py", "test_golden.py", "test_errors_core.py", "test_dlpack.py"]
 SLOWER_TESTS = ["test_benchmarks.py", "test_transformers.py", "test_architectures.py", "test_peft.py", "test_accelerate.py", "test_bitsandbytes_parity.py", "test_state_machine.py"]
 
+C_SUFFIXES = (".c", ".h", ".cu", ".cuh", ".cpp")
+
 failures = []
 
 
@@ -41,7 +43,8 @@ def build() -> bool:
 
 
 def format_and_lint() -> None:
-    c_files = [p for p in (ROOT / "csrc").rglob("*.[ch]") if p.name != "dlpack.h"]
+    folders = [ROOT / name for name in ("csrc", "cuda", "tests/cuda")]
+    c_files = [p for folder in folders for p in folder.rglob("*.*") if p.suffix in C_SUFFIXES and p.name != "dlpack.h"]
     if shutil.which("clang-format"):
         run("format", ["clang-format", "--dry-run", "-Werror", *c_files])
     else:

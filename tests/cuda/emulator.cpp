@@ -1,0 +1,406 @@
+/* emulator.cpp - fibers, barriers and warp collectives; see emulator.h. */
+#include "emulator.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emulator {
+
+dim3 thread, block, block_size, grid_size;
+device current_device = {90, 4, 227 * 1024};
+const char *next_failure;
+
+namespace {
+
+enum { STACK_BYTES = 256 * 1024, LANES = 32 };
+
+/* ---------------------------------------------------------------- fibers */
+
+#if defined(__x86_64__)
+/* Save the callee-saved registers on the stack, swap stacks, restore. */
+extern "C" void emulator_switch(void **save, void *load);
+__asm__(".text\n"
+        ".globl emulator_switch\n"
+        ".hidden emulator_switch\n"
+        "emulator_switch:\n"
+        "push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
+        "mov %rsp, (%rdi)\n"
+        "mov %rsi, %rsp\n"
+        "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n"
+        "ret\n");
+typedef void *context;
+void switch_context(context *save, context *load) {
+    emulator_switch(save, *load);
+}
+void make_context(context *made, char *stack, void (*entry)()) {
+    void **top = (void **)(stack + STACK_BYTES);
+    *--top =
+        nullptr; /* the entry's return address, which it never uses; keeps the ABI's alignment */
+    *--top = (void *)entry;
+    for (int i = 0; i < 6; i++)
+        *--top = nullptr;
+    *made = top;
+}
+#else
+#include <ucontext.h>
+typedef ucontext_t context;
+void switch_context(context *save, context *load) {
+    swapcontext(save, load);
+}
+void make_context(context *made, char *stack, void (*entry)()) {
+    getcontext(made);
+    made->uc_stack.ss_sp = stack;
+    made->uc_stack.ss_size = STACK_BYTES;
+    made->uc_link = nullptr;
+    makecontext(made, entry, 0);
+}
+#endif
+
+struct copy {
+    void *shared;
+    const void *global;
+    bool valid;
+};
+
+struct fiber {
+    context registers;
+    char *stack = nullptr;
+    void *fake_stack = nullptr; /* AddressSanitizer's */
+    dim3 index;
+    int warp, lane;
+    bool done, waits_for_warp, waits_for_block;
+    const void *operands; /* of the collective that the fiber is in, for the other lanes to see */
+    std::vector<copy> copies;
+    std::vector<size_t> groups; /* ends of groups in copies */
+};
+
+context scheduler;
+void *scheduler_fake_stack;
+const void *scheduler_stack;
+size_t scheduler_stack_bytes;
+std::vector<fiber> fibers;
+fiber *current;
+const std::function<void()> *kernel;
+const char *kernel_name;
+char *shared;
+size_t shared_bytes;
+uint32_t order_seed;
+int64_t launches;
+
+void start_switch(void **fake_stack, const void *stack, size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(fake_stack, stack, bytes);
+#else
+    (void)fake_stack, (void)stack, (void)bytes;
+#endif
+}
+
+void finish_switch(void *fake_stack, const void **stack, size_t *bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake_stack, stack, bytes);
+#else
+    (void)fake_stack, (void)stack, (void)bytes;
+#endif
+}
+
+/* Back to the scheduler, which comes back here when the fiber may go on. */
+void yield() {
+    fiber *self = current;
+    start_switch(self->done ? nullptr : &self->fake_stack, scheduler_stack, scheduler_stack_bytes);
+    switch_context(&self->registers, &scheduler);
+    finish_switch(self->fake_stack, nullptr, nullptr);
+}
+
+void fiber_main() {
+    finish_switch(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+    (*kernel)();
+    if (!current->copies.empty())
+        fail("thread %u ends with copies that it never waited for", current->index.x);
+    current->done = true;
+    yield();
+}
+
+void resume(fiber *next) {
+    current = next;
+    thread = next->index;
+    start_switch(&scheduler_fake_stack, next->stack, STACK_BYTES);
+    switch_context(&scheduler, &next->registers);
+    finish_switch(scheduler_fake_stack, nullptr, nullptr);
+}
+
+std::vector<size_t> in_order(size_t count, uint32_t salt) {
+    std::vector<size_t> order(count);
+    for (size_t i = 0; i < count; i++)
+        order[i] = order_seed == 1 ? count - 1 - i : i;
+    if (order_seed > 1)
+        std::shuffle(order.begin(), order.end(), std::mt19937(order_seed + salt));
+    return order;
+}
+
+/* All lanes of a warp, or all threads, have come to the same barrier: let them go on. A thread that
+ * has ended will not come: barriers are for all threads. */
+bool release(size_t first, size_t count, bool fiber::*waits) {
+    for (size_t i = first; i < first + count; i++)
+        if (!(fibers[i].*waits))
+            return false;
+    for (size_t i = first; i < first + count; i++)
+        fibers[i].*waits = false;
+    return true;
+}
+
+void run_block(uint32_t salt) {
+    size_t threads = fibers.size(), warps = threads / LANES;
+    for (size_t i = 0; i < threads; i++) {
+        fiber &f = fibers[i];
+        f.done = f.waits_for_warp = f.waits_for_block = false;
+        make_context(&f.registers, f.stack, fiber_main);
+    }
+    std::vector<size_t> warp_order = in_order(warps, salt), lane_order = in_order(LANES, ~salt);
+    for (;;) {
+        bool progress = false, alive = false;
+        for (size_t w : warp_order) {
+            bool more = true;
+            while (more) { /* as far as the warp gets without the others */
+                for (size_t l : lane_order) {
+                    fiber &f = fibers[w * LANES + l];
+                    if (!f.done && !f.waits_for_warp && !f.waits_for_block) {
+                        resume(&f);
+                        progress = true;
+                    }
+                }
+                more = release(w * LANES, LANES, &fiber::waits_for_warp);
+            }
+        }
+        progress |= release(0, threads, &fiber::waits_for_block);
+        for (const fiber &f : fibers)
+            alive |= !f.done;
+        if (!alive)
+            return;
+        if (!progress)
+            fail("some threads wait at a barrier that the others never reach");
+    }
+}
+
+void barrier(bool fiber::*waits) {
+    current->*waits = true;
+    yield();
+}
+
+fiber *warp_of(const fiber *f) {
+    return &fibers[(size_t)f->warp * LANES];
+}
+
+/* Every lane shows its operands, `use` runs in each lane with all of them in view. */
+template <class Use> void collective(const void *operands, Use use) {
+    current->operands = operands;
+    barrier(&fiber::waits_for_warp);
+    use(warp_of(current));
+    barrier(&fiber::waits_for_warp);
+}
+
+bool is_shared(const void *address, size_t bytes) {
+    return (const char *)address >= shared &&
+           (const char *)address + bytes <= shared + shared_bytes;
+}
+
+} // namespace
+
+void fail(const char *format, ...) {
+    fprintf(stderr, "emulator: kernel %s, block %u %u %u: ", kernel_name ? kernel_name : "none",
+            block.x, block.y, block.z);
+    va_list arguments;
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    fputc('\n', stderr);
+    abort();
+}
+
+int lane() {
+    return current->lane;
+}
+
+void *shared_memory() {
+    return shared;
+}
+
+void sync_threads() {
+    barrier(&fiber::waits_for_block);
+}
+
+void sync_warp() {
+    barrier(&fiber::waits_for_warp);
+}
+
+uint32_t shuffle(uint32_t value, int lane) {
+    uint32_t result = 0;
+    collective(&value, [&](fiber *warp) { result = *(const uint32_t *)warp[lane].operands; });
+    return result;
+}
+
+uint32_t vote(bool predicate) {
+    uint32_t result = 0;
+    collective(&predicate, [&](fiber *warp) {
+        for (int i = 0; i < LANES; i++)
+            result |= (uint32_t) * (const bool *)warp[i].operands << i;
+    });
+    return result;
+}
+
+struct mma_operands {
+    const uint32_t *a, *b;
+};
+
+static const mma_operands &operands_of(const fiber *warp, int lane) {
+    return *(const mma_operands *)warp[lane].operands;
+}
+
+/* Products are exact in fp32 for 16-bit floats; hardware adds them in an order and with a width of
+ * its own, so the sum is taken in double here and rounded once. */
+void mma_16bit(float d[4], const uint32_t a[4], const uint32_t b[2], float (*widen)(uint16_t)) {
+    mma_operands mine = {a, b};
+    float result[4];
+    collective(&mine, [&](fiber *warp) {
+        int g = current->lane / 4, t = current->lane % 4;
+        for (int i = 0; i < 4; i++) {
+            int row = g + i / 2 * 8, column = 2 * t + i % 2;
+            double sum = d[i];
+            for (int k = 0; k < 16; k++) {
+                uint32_t wa = operands_of(warp, row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2];
+                uint32_t wb = operands_of(warp, column * 4 + k % 8 / 2).b[k / 8];
+                sum += (double)widen((uint16_t)(wa >> k % 2 * 16)) *
+                       widen((uint16_t)(wb >> k % 2 * 16));
+            }
+            result[i] = (float)sum;
+        }
+    });
+    memcpy(d, result, sizeof result);
+}
+
+void mma_s8(int32_t d[4], const uint32_t a[4], const uint32_t b[2]) {
+    mma_operands mine = {a, b};
+    int32_t result[4];
+    collective(&mine, [&](fiber *warp) {
+        int g = current->lane / 4, t = current->lane % 4;
+        for (int i = 0; i < 4; i++) {
+            int row = g + i / 2 * 8, column = 2 * t + i % 2;
+            result[i] = d[i];
+            for (int k = 0; k < 32; k++) {
+                uint32_t wa = operands_of(warp, row % 8 * 4 + k % 16 / 4).a[row / 8 + k / 16 * 2];
+                uint32_t wb = operands_of(warp, column * 4 + k % 16 / 4).b[k / 16];
+                result[i] += (int8_t)(wa >> k % 4 * 8) * (int8_t)(wb >> k % 4 * 8);
+            }
+        }
+    });
+    memcpy(d, result, sizeof result);
+}
+
+void load_matrix(uint32_t *fragment, int matrices, const void *row) {
+    if (current->lane < matrices * 8 && (!is_shared(row, 16) || (uintptr_t)row % 16 != 0))
+        fail("ldmatrix of a row that is not 16 aligned bytes of shared memory");
+    uint32_t result[4];
+    collective(row, [&](fiber *warp) {
+        for (int i = 0; i < matrices; i++)
+            result[i] =
+                ((const uint32_t *)warp[i * 8 + current->lane / 4].operands)[current->lane % 4];
+    });
+    memcpy(fragment, result, (size_t)matrices * 4);
+}
+
+void copy_async(void *to, const void *from, bool valid) {
+    if (!is_shared(to, 16) || (uintptr_t)to % 16 != 0 || (uintptr_t)from % 16 != 0)
+        fail("an asynchronous copy that is misaligned or not to shared memory");
+    current->copies.push_back({to, from, valid});
+}
+
+void commit_copies() {
+    current->groups.push_back(current->copies.size());
+}
+
+void wait_copies(int pending) {
+    fiber *f = current;
+    if (f->groups.size() <= (size_t)pending)
+        return;
+    size_t groups = f->groups.size() - (size_t)pending, end = f->groups[groups - 1];
+    for (size_t i = 0; i < end; i++) {
+        if (f->copies[i].valid)
+            memcpy(f->copies[i].shared, f->copies[i].global, 16);
+        else
+            memset(f->copies[i].shared, 0, 16);
+    }
+    f->copies.erase(f->copies.begin(), f->copies.begin() + (ptrdiff_t)end);
+    f->groups.erase(f->groups.begin(), f->groups.begin() + (ptrdiff_t)groups);
+    for (size_t &group : f->groups)
+        group -= end;
+}
+
+void run(const char *name, dim3 grid, dim3 threads, size_t shared_size,
+         const std::function<void()> &body) {
+    kernel_name = name;
+    size_t count = (size_t)threads.x * threads.y * threads.z;
+    if (count == 0 || count > 1024 || count % LANES != 0)
+        fail("%zu threads in a block", count);
+    if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z == 0 ||
+        grid.z > 65535)
+        fail("a grid of %u x %u x %u", grid.x, grid.y, grid.z);
+    if (shared_size > current_device.shared_limit)
+        fail("%zu bytes of shared memory", shared_size);
+    static std::vector<char *> stacks;
+    while (stacks.size() < count)
+        stacks.push_back((char *)aligned_alloc(64, STACK_BYTES));
+    launches++;
+    kernel = &body;
+    block_size = threads;
+    grid_size = grid;
+    shared_bytes = shared_size;
+    fibers.assign(count, fiber());
+    for (size_t i = 0; i < count; i++) {
+        unsigned index = (unsigned)i;
+        fibers[i].stack = stacks[i];
+        fibers[i].index =
+            dim3(index % threads.x, index / threads.x % threads.y, index / threads.x / threads.y);
+        fibers[i].warp = (int)(i / LANES);
+        fibers[i].lane = (int)(i % LANES);
+    }
+    for (size_t at : in_order((size_t)grid.x * grid.y * grid.z, 17)) {
+        block = dim3((unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y),
+                     (unsigned)(at / grid.x / grid.y));
+        void *memory = nullptr; /* exactly as large as asked for, for AddressSanitizer */
+        if (posix_memalign(&memory, 128, shared_size) != 0)
+            fail("no memory for shared memory");
+        shared = (char *)memory;
+        memset(shared, 0xff, shared_size);
+        run_block((uint32_t)at);
+        free(shared);
+        shared = nullptr;
+    }
+    kernel_name = nullptr;
+}
+
+} // namespace emulator
+
+void emulator_set_order(uint32_t order) {
+    emulator::order_seed = order;
+}
+
+void emulator_set_device(int compute_capability, int processors, size_t shared_limit) {
+    emulator::current_device = {compute_capability, processors, shared_limit};
+}
+
+void emulator_fail_next_launch(const char *message) {
+    emulator::next_failure = message;
+}
+
+int64_t emulator_launches(void) {
+    return emulator::launches;
+}
