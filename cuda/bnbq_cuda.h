@@ -23,7 +23,8 @@ const char *bnbq_cuda_archs(void);
 
 typedef struct bnbq_cuda_call {
     int device;
-    void *stream; /* cudaStream_t */
+    void *stream;         /* cudaStream_t */
+    bool batch_invariant; /* a row's result must not depend on m: kernels.h */
     /* Working space on the device, 256-byte aligned, which the caller may hand to later work on
      * this stream once the operation has returned; NULL: there is none. */
     void *(*allocate)(void *owner, size_t bytes);

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint8, c_uint32, c_void_p
+from ctypes import POINTER, byref, c_bool, c_char, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint8, c_uint32, c_void_p
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ ALLOCATE = ctypes.CFUNCTYPE(c_void_p, c_void_p, c_size_t)
 
 
 class Call(ctypes.Structure):
-    _fields_ = [("device", c_int), ("stream", c_void_p), ("allocate", ALLOCATE), ("owner", c_void_p), ("error", c_char * 256)]
+    _fields_ = [("device", c_int), ("stream", c_void_p), ("batch_invariant", c_bool), ("allocate", ALLOCATE), ("owner", c_void_p), ("error", c_char * 256)]
 
 
 class DeviceError(RuntimeError):
@@ -159,7 +159,7 @@ def weight8(qweight, absmax, blocksize: int = 0) -> Weight8:
     return Weight8(pointer(qweight), pointer(absmax), *qweight.shape, blocksize)
 
 
-def call(name: str, *arguments, allowed: int | None = None) -> int:
+def call(name: str, *arguments, batch_invariant: bool = False, allowed: int | None = None) -> int:
     """bnbq_cuda_<name>(call, *arguments). Working space is a heap block per allocation, at most `allowed` of them."""
     blocks = []
 
@@ -169,7 +169,7 @@ def call(name: str, *arguments, allowed: int | None = None) -> int:
         blocks.append(np.full(size + 256, 0xFF, np.uint8))
         return blocks[-1].ctypes.data + -blocks[-1].ctypes.data % 256
 
-    state = Call(0, None, ALLOCATE(allocate), None, b"")
+    state = Call(0, None, batch_invariant, ALLOCATE(allocate), None, b"")
     function = getattr(library(), f"bnbq_cuda_{name}")
     status = function(byref(state), *[byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments])
     if status == DEVICE_ERROR:
