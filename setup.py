@@ -140,11 +140,19 @@ class BuildExt(build_ext):
         flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc", "-Icuda"]
         flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         flags += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # PTX, for what comes after it
-        flags += ["--compress-mode=size"]
-        flags += ["-Werror", "all-warnings"] if switch("BNBQ_WERROR") else []
         flags += [f'-DBNBQ_CUDA_ARCHS="{" ".join("sm_" + a for a in archs)}"']
-        return self.compile_one(source, flags, newest, lambda out: subprocess.check_call(
-            [nvcc, *flags, "-c", source, "-o", out]))
+        flags += ["--compress-mode=size", "-Xptxas", "-v"]
+        flags += ["-Werror", "all-warnings"] if switch("BNBQ_WERROR") else []
+
+        def run(out):
+            done = subprocess.run([nvcc, *flags, "-c", source, "-o", out], capture_output=True, text=True)
+            Path(out).with_suffix(".ptxas").write_text(done.stderr)  # registers and spills, for the tests
+            messages = [line for line in done.stderr.splitlines(True) if "ptxas info" not in line]
+            sys.stderr.writelines(line for line in messages if "bytes stack frame" not in line and line.strip())
+            if done.returncode:
+                raise CompileError(f"{source}: nvcc failed")
+
+        return self.compile_one(source, flags, newest, run)
 
     def compile_one(self, source, flags, newest, run):
         """Run unless the object is newer than its source, every header and this file, with the same flags."""
