@@ -19,9 +19,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # What runs under AddressSanitizer and UBSan: everything that hands memory to the C core.
-CORE_TESTS = ["test_quantize.py", "test_linear.py", "test_golden.py", "test_errors_core.py", "test_dlpack.py"]
+CORE_TESTS = ["test_quantize.py", "test_linear.py", "test_golden.py", "test_errors_core.py", "test_dlpack.py",
+              "test_cuda_quantize.py", "test_cuda_linear4.py", "test_cuda_linear8.py"]
 SLOWER_TESTS = ["test_benchmarks.py", "test_transformers.py", "test_architectures.py", "test_peft.py", "test_accelerate.py", "test_bitsandbytes_parity.py", "test_state_machine.py"]
 
+SANITIZERS = "address,undefined"
 C_SUFFIXES = (".c", ".h", ".cu", ".cuh", ".cpp")
 
 failures = []
@@ -74,14 +76,14 @@ def hardening() -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(ROOT / "python", target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     built = run("sanitizer build", [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", "build/sanitized-objects",
-                                    "--build-lib", target], BNBQ_SANITIZE="address,undefined", BNBQ_DEBUG="1")
+                                    "--build-lib", target], BNBQ_SANITIZE=SANITIZERS, BNBQ_DEBUG="1", BNBQ_CUDA="0")
     log = ROOT / "build" / "sanitizer-report"
     for old in log.parent.glob(f"{log.name}*"):
         old.unlink()
     if built:
         run("sanitized tests", [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
                                 *[f"tests/{name}" for name in CORE_TESTS], "-m", "not slow"],
-            PYTHONPATH=str(target), LD_PRELOAD=" ".join(preload),
+            PYTHONPATH=str(target), LD_PRELOAD=" ".join(preload), BNBQ_SANITIZE_EMULATOR=SANITIZERS,
             ASAN_OPTIONS=f"detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:log_path={log}",
             UBSAN_OPTIONS=f"halt_on_error=1:print_stacktrace=1:log_path={log}")
         if "sanitized tests" in failures:  # pytest swallows what a dying process writes to stderr
