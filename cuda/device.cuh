@@ -145,9 +145,9 @@ DEVICE uint32_t atomic_or(uint32_t *address, uint32_t bits) {
 
 /* ---------------------------------------------------------------- the GPU's */
 
-/* Dynamic shared memory, 128-byte aligned; its size is an argument of launch(). */
+/* Dynamic shared memory, 1024-byte aligned; its size is an argument of launch(). */
 DEVICE void *shared_memory() {
-    extern __shared__ __align__(128) unsigned char memory[];
+    extern __shared__ __align__(1024) unsigned char memory[];
     return memory;
 }
 DEVICE void sync_threads() {

@@ -22,7 +22,7 @@ const char *next_failure;
 
 namespace {
 
-enum { STACK_BYTES = 256 * 1024, LANES = 32 };
+enum { STACK_BYTES = 256 * 1024, LANES = 32, GROUP = 4 * LANES };
 
 /* ---------------------------------------------------------------- fibers */
 
@@ -72,16 +72,28 @@ struct copy {
     bool valid;
 };
 
+/* Of a warpgroup, with A in registers (16-bit) or in shared memory (8-bit). */
+struct product {
+    void *d;
+    int columns;
+    const uint32_t *a;
+    uint64_t tile_a, tile_b;
+    float (*widen)(uint16_t);
+};
+
 struct fiber {
     context registers;
     char *stack = nullptr;
     void *fake_stack = nullptr; /* AddressSanitizer's */
     dim3 index;
     int warp, lane;
-    bool done, waits_for_warp, waits_for_block;
+    bool done, waits_for_warp, waits_for_group, waits_for_block;
+    bool wrote_unfenced;  /* copies arrived that products may not see yet */
     const void *operands; /* of the collective that the fiber is in, for the other lanes to see */
     std::vector<copy> copies;
     std::vector<size_t> groups; /* ends of groups in copies */
+    std::vector<product> products;
+    std::vector<size_t> product_groups;
 };
 
 context scheduler;
@@ -124,8 +136,8 @@ void yield() {
 void fiber_main() {
     finish_switch(nullptr, &scheduler_stack, &scheduler_stack_bytes);
     (*kernel)();
-    if (!current->copies.empty())
-        fail("thread %u ends with copies that it never waited for", current->index.x);
+    if (!current->copies.empty() || !current->products.empty())
+        fail("thread %u ends with copies or products that it never waited for", current->index.x);
     current->done = true;
     yield();
 }
@@ -162,7 +174,8 @@ void run_block(uint32_t salt) {
     size_t threads = fibers.size(), warps = threads / LANES;
     for (size_t i = 0; i < threads; i++) {
         fiber &f = fibers[i];
-        f.done = f.waits_for_warp = f.waits_for_block = false;
+        f.done = f.waits_for_warp = f.waits_for_group = f.waits_for_block = f.wrote_unfenced =
+            false;
         make_context(&f.registers, f.stack, fiber_main);
     }
     std::vector<size_t> warp_order = in_order(warps, salt), lane_order = in_order(LANES, ~salt);
@@ -173,7 +186,7 @@ void run_block(uint32_t salt) {
             while (more) { /* as far as the warp gets without the others */
                 for (size_t l : lane_order) {
                     fiber &f = fibers[w * LANES + l];
-                    if (!f.done && !f.waits_for_warp && !f.waits_for_block) {
+                    if (!f.done && !f.waits_for_warp && !f.waits_for_group && !f.waits_for_block) {
                         resume(&f);
                         progress = true;
                     }
@@ -181,6 +194,8 @@ void run_block(uint32_t salt) {
                 more = release(w * LANES, LANES, &fiber::waits_for_warp);
             }
         }
+        for (size_t first = 0; first + GROUP <= threads; first += GROUP)
+            progress |= release(first, GROUP, &fiber::waits_for_group);
         progress |= release(0, threads, &fiber::waits_for_block);
         for (const fiber &f : fibers)
             alive |= !f.done;
@@ -332,6 +347,7 @@ void wait_copies(int pending) {
     if (f->groups.size() <= (size_t)pending)
         return;
     size_t groups = f->groups.size() - (size_t)pending, end = f->groups[groups - 1];
+    f->wrote_unfenced = f->wrote_unfenced || end > 0;
     for (size_t i = 0; i < end; i++) {
         if (f->copies[i].valid)
             memcpy(f->copies[i].shared, f->copies[i].global, 16);
@@ -341,6 +357,91 @@ void wait_copies(int pending) {
     f->copies.erase(f->copies.begin(), f->copies.begin() + (ptrdiff_t)end);
     f->groups.erase(f->groups.begin(), f->groups.begin() + (ptrdiff_t)groups);
     for (size_t &group : f->groups)
+        group -= end;
+}
+
+uint32_t shared_offset(const void *address) {
+    if (!is_shared(address, 1))
+        fail("an address that is not in shared memory");
+    return (uint32_t)((const char *)address - shared);
+}
+
+void fence_async_proxy() {
+    current->wrote_unfenced = false;
+}
+
+static void add_product(const product &added) {
+    for (const fiber &f : fibers)
+        if (f.wrote_unfenced)
+            fail("a product before thread %u fenced what it copied", f.index.x);
+    current->products.push_back(added);
+}
+
+void product_16bit(float *d, int columns, const uint32_t *a, uint64_t b, float (*widen)(uint16_t)) {
+    add_product({d, columns, a, 0, b, widen});
+}
+
+void product_s8(int32_t *d, int columns, uint64_t a, uint64_t b) {
+    add_product({d, columns, nullptr, a, b, nullptr});
+}
+
+void commit_products() {
+    current->product_groups.push_back(current->products.size());
+}
+
+/* `bytes` bytes at byte `column` of a tile's row: the swizzle exchanges bits 4-6 of an address with
+ * themselves xor bits 7-9. */
+static const char *tile_element(uint64_t tile, int row, int column, size_t bytes) {
+    uint32_t start = (uint32_t)(tile & 0x3fff) << 4, group = (uint32_t)(tile >> 32 & 0x3fff) << 4;
+    if (tile >> 62 != 1 || (start & 0x380) != 0)
+        fail("a tile that is not swizzled by 128 bytes or not aligned to 1024");
+    uint32_t at =
+        start + (uint32_t)(row / 8) * group + (uint32_t)(row % 8) * 128 + (uint32_t)column;
+    at ^= (at >> 7 & 7) << 4;
+    if (at + bytes > shared_bytes)
+        fail("a tile beyond the end of shared memory");
+    return shared + at;
+}
+
+template <class T> static T tile_value(uint64_t tile, int row, int element) {
+    T value;
+    memcpy(&value, tile_element(tile, row, element * (int)sizeof(T), sizeof(T)), sizeof value);
+    return value;
+}
+
+static void finish_product(const fiber *warp, size_t at) {
+    const product &p = current->products[at];
+    int g = current->lane / 4, t = current->lane % 4, group_row = current->warp % 4 * 16;
+    for (int i = 0; i < p.columns / 2; i++) {
+        int row = g + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * t + i % 2;
+        if (p.widen) {
+            double sum = ((float *)p.d)[i];
+            for (int k = 0; k < 16; k++) {
+                uint32_t wa = warp[row % 8 * 4 + k % 8 / 2].products[at].a[row / 8 + k / 8 * 2];
+                sum += (double)p.widen((uint16_t)(wa >> k % 2 * 16)) *
+                       p.widen(tile_value<uint16_t>(p.tile_b, column, k));
+            }
+            ((float *)p.d)[i] = (float)sum;
+        } else {
+            for (int k = 0; k < 32; k++)
+                ((int32_t *)p.d)[i] += tile_value<int8_t>(p.tile_a, group_row + row, k) *
+                                       tile_value<int8_t>(p.tile_b, column, k);
+        }
+    }
+}
+
+void wait_products(int pending) {
+    fiber *f = current;
+    barrier(&fiber::waits_for_group);
+    size_t groups = f->product_groups.size(),
+           done = groups > (size_t)pending ? groups - (size_t)pending : 0;
+    size_t end = done ? f->product_groups[done - 1] : 0;
+    for (size_t i = 0; i < end; i++)
+        finish_product(warp_of(f), i);
+    barrier(&fiber::waits_for_group);
+    f->products.erase(f->products.begin(), f->products.begin() + (ptrdiff_t)end);
+    f->product_groups.erase(f->product_groups.begin(), f->product_groups.begin() + (ptrdiff_t)done);
+    for (size_t &group : f->product_groups)
         group -= end;
 }
 
@@ -376,7 +477,7 @@ void run(const char *name, dim3 grid, dim3 threads, size_t shared_size,
         block = dim3((unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y),
                      (unsigned)(at / grid.x / grid.y));
         void *memory = nullptr; /* exactly as large as asked for, for AddressSanitizer */
-        if (posix_memalign(&memory, 128, shared_size) != 0)
+        if (posix_memalign(&memory, 1024, shared_size) != 0)
             fail("no memory for shared memory");
         shared = (char *)memory;
         memset(shared, 0xff, shared_size);

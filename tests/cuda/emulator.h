@@ -4,7 +4,7 @@
  * where fibers wait for one another. Between those a fiber runs alone, so a race shows as a wrong
  * result under one order of fibers or another: emulator_set_order() picks the order, and tests run
  * several. What the hardware leaves open is taken at its worst:
- *   - asynchronous copies happen when they are waited for, not before;
+ *   - asynchronous copies and products happen when they are waited for, not before;
  *   - shared memory starts as NaN, has exactly the size that was asked for, and is a heap block of
  *     its own, as are tensors: AddressSanitizer sees every access past an end;
  *   - misaligned accesses, barriers that some threads never reach, blocks that are too large for
@@ -60,6 +60,13 @@ void load_matrix(uint32_t *fragment, int matrices, const void *row);
 void copy_async(void *shared, const void *global, bool valid);
 void commit_copies();
 void wait_copies(int pending);
+/* Warpgroup products of hopper.cuh. d and a are where they will be when they are needed. */
+uint32_t shared_offset(const void *shared);
+void fence_async_proxy();
+void product_16bit(float *d, int columns, const uint32_t *a, uint64_t b, float (*widen)(uint16_t));
+void product_s8(int32_t *d, int columns, uint64_t a, uint64_t b);
+void commit_products();
+void wait_products(int pending);
 /* Run a grid to its end; `thread` is the kernel with its arguments. */
 void run(const char *name, dim3 grid, dim3 block, size_t shared,
          const std::function<void()> &thread);
