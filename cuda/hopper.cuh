@@ -47,6 +47,9 @@ DEVICE uint64_t step_descriptor(uint64_t tile, int step) {
 DEVICE uint32_t shared_address(const void *shared) {
     return emulator::shared_offset(shared);
 }
+DEVICE int reread_thread() {
+    return (int)threadIdx.x;
+}
 DEVICE void fence_async_proxy() {
     emulator::fence_async_proxy();
 }
@@ -71,6 +74,12 @@ template <int N> DEVICE void multiply_s8(int32_t (&d)[N], uint64_t a, uint64_t b
 
 DEVICE uint32_t shared_address(const void *shared) {
     return (uint32_t)__cvta_generic_to_shared(shared);
+}
+/* threadIdx.x anew, so that nothing that is computed from it takes registers before. */
+DEVICE int reread_thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
 }
 DEVICE void fence_async_proxy() {
 #if HAS_WGMMA

@@ -20,7 +20,16 @@ extern "C" {
             return try_status;                                                                     \
     } while (0)
 
-static inline int64_t ceil_div(int64_t a, int64_t b) {
+#ifdef BNBQ_EMULATE
+#define BOTH static inline
+#else
+#define BOTH static inline __host__ __device__
+#endif
+
+BOTH int64_t lesser(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+BOTH int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
