@@ -22,7 +22,7 @@
 #define BNBQ_AMX_TILES_H
 
 #include "../cpu.h"
-#include "transpose_avx512.h"
+#include "lanes_avx512.h"
 
 #include <immintrin.h>
 #include <stdint.h>

@@ -9,6 +9,7 @@
 #define BNBQ_BACKWARD_AVX512_H
 
 #include "backward_blocking.h"
+#include "lanes_avx512.h"
 
 #include <immintrin.h>
 
@@ -26,8 +27,7 @@ BNBQ_INLINE void backward_panel(const int xs, const float *gy, int64_t ldg, cons
     __mmask16 mask[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
-        int64_t left = cols - 16 * v;
-        mask[v] = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1 << left) - 1);
+        mask[v] = first16(cols - 16 * v);
 #pragma GCC unroll 6
         for (int i = 0; i < xs; i++)
             sum[i][v] = first ? _mm512_setzero_ps()

@@ -21,6 +21,7 @@
 #define BNBQ_BACKWARD_AVX512BF16_H
 
 #include "blocking.h"
+#include "lanes_avx512.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -38,17 +39,13 @@ enum {
  */
 typedef void decode_pair(const void *w, int64_t row, int64_t col, int64_t left, __m512i pair[4]);
 
-static inline __mmask16 columns16(int64_t left) {
-    return left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1 << left) - 1);
-}
-
 BNBQ_INLINE void load_sums(const int xs, const float *gx, int64_t ldgx, int64_t cols,
                            __m512 sum[PAIRS_GROUP][4]) {
 #pragma GCC unroll 6
     for (int i = 0; i < xs; i++)
 #pragma GCC unroll 4
         for (int v = 0; v < 4; v++)
-            sum[i][v] = _mm512_maskz_loadu_ps(columns16(cols - 16 * v), gx + i * ldgx + 16 * v);
+            sum[i][v] = _mm512_maskz_loadu_ps(first16(cols - 16 * v), gx + i * ldgx + 16 * v);
 }
 
 BNBQ_INLINE void zero_sums(const int xs, __m512 sum[PAIRS_GROUP][4]) {
@@ -65,7 +62,7 @@ BNBQ_INLINE void store_sums(const int xs, float *gx, int64_t ldgx, int64_t cols,
     for (int i = 0; i < xs; i++)
 #pragma GCC unroll 4
         for (int v = 0; v < 4; v++)
-            _mm512_mask_storeu_ps(gx + i * ldgx + 16 * v, columns16(cols - 16 * v), sum[i][v]);
+            _mm512_mask_storeu_ps(gx + i * ldgx + 16 * v, first16(cols - 16 * v), sum[i][v]);
 }
 
 /* sum[xs][4] += gy[xs, 2] . pair */

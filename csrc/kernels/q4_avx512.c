@@ -21,6 +21,7 @@
 #include "backward_avx512.h"
 #include "blocking.h"
 #include "codes_avx512.h"
+#include "lanes_avx512.h"
 
 #include <assert.h>
 #include <string.h>
@@ -67,26 +68,6 @@ static void pack_q4_avx512(const float *x, int64_t i, int64_t m, int64_t k, void
             _mm512_storeu_ps(out + 16 * j, _mm512_shuffle_f32x4(low, high, 0x44));
         }
     }
-}
-
-/* The sums over the lanes of four vectors. One order for all: lanes 0+2 and 1+3 of each 128 bits,
- * then the 128-bit parts 0+2 and 1+3. */
-BNBQ_INLINE __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 d) {
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-    __m512 high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-    __m512 all = _mm512_add_ps(low, high);
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-/* y[0..ws) = or += sums */
-BNBQ_INLINE void put4(float *y, __m128 sums, int64_t ws, bool first) {
-    __mmask8 mask = (__mmask8)((1 << ws) - 1);
-    if (!first)
-        sums = _mm_add_ps(_mm_maskz_loadu_ps(mask, y), sums);
-    _mm_mask_storeu_ps(y, mask, sums);
 }
 
 /* Scales of a group of 64 columns. Blocks of 32 have two, one for each half of a vector (and the

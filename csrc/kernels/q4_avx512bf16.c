@@ -24,7 +24,7 @@
 #include "backward_q4_avx512bf16.h"
 #include "blocking.h"
 #include "borrow_q4_avx512.h"
-#include "transpose_avx512.h"
+#include "lanes_avx512.h"
 
 #include <assert.h>
 #include <immintrin.h>
@@ -50,8 +50,7 @@ static inline int64_t groups_of(int64_t k) {
 
 /* Sixteen columns from bf16-valued x, of which there are `left`; zero past them. */
 BNBQ_INLINE __m512 load16(const float *x, int64_t left) {
-    __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-    return _mm512_maskz_loadu_ps(mask, x);
+    return _mm512_maskz_loadu_ps(first16(left), x);
 }
 
 /* Exact for values of bf16. */
@@ -111,26 +110,6 @@ static void pack_few(const float *x, int64_t i, int64_t m, int64_t k, void *pack
 static size_t scratch_bytes_few(int64_t m, int64_t k) {
     (void)m, (void)k;
     return 0;
-}
-
-/* The sums over the lanes of four vectors. One order for all: lanes 0+2 and 1+3 of each 128 bits,
- * then the 128-bit parts 0+2 and 1+3. */
-BNBQ_INLINE __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 d) {
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-    __m512 high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-    __m512 all = _mm512_add_ps(low, high);
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-/* y[0..ws) = or += sums */
-BNBQ_INLINE void put4(float *y, __m128 sums, int64_t ws, bool first) {
-    __mmask8 mask = (__mmask8)((1 << ws) - 1);
-    if (!first)
-        sums = _mm_add_ps(_mm_maskz_loadu_ps(mask, y), sums);
-    _mm_mask_storeu_ps(y, mask, sums);
 }
 
 /* The scale of each dword of a group: of 4, 8 or 16 dwords per block. */
@@ -270,17 +249,8 @@ static void decode_group(const bnbq_q4_rows *w, int64_t rows, int64_t vectors, i
     const __m512i table = make_table(w->codebook);
     const int64_t row_bytes = w->k / 2, left = w->k - col;
     for (int64_t n = 0; n < rows; n += LANES, pairs += LANES) {
-        const uint8_t *q = w->qweight + n * row_bytes + col / 2;
         __m512i t[LANES];
-        if (rows - n >= LANES && left >= GROUP) {
-#pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++)
-                t[r] = _mm512_loadu_si512(q + r * row_bytes);
-        } else {
-            for (int r = 0; r < LANES; r++)
-                t[r] = n + r < rows ? load_codes(q + r * row_bytes, left) : _mm512_setzero_si512();
-        }
-        transpose16(t);
+        load_group(w->qweight + n * row_bytes + col / 2, row_bytes, rows - n, left, t);
 #pragma GCC unroll 16
         for (int g = 0; g < LANES; g++)
 #pragma GCC unroll 4

@@ -7,8 +7,8 @@
  */
 #include "../kernels.h"
 #include "backward_avx512bf16.h"
+#include "lanes_avx512.h"
 #include "s8_epilogue.h"
-#include "transpose_avx512.h"
 
 #include <assert.h>
 
@@ -90,7 +90,7 @@ BNBQ_INLINE void decode_s8_pair(const void *of, int64_t row, int64_t col, int64_
         q1 = q0;
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
-        const __mmask16 valid = columns16(left - 16 * v);
+        const __mmask16 valid = first16(left - 16 * v);
         pair[v] = interleaved(weights16(load_codes(q0 + 16 * v, valid), absmax0),
                               weights16(load_codes(q1 + 16 * v, valid), absmax1));
     }

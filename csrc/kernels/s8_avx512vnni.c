@@ -19,6 +19,7 @@
  */
 #include "../kernels.h"
 #include "backward_avx512.h"
+#include "lanes_avx512.h"
 #include "s8_blocking.h"
 #include "s8_epilogue.h"
 
@@ -42,10 +43,6 @@ enum {
 /* ---------------------------------------------------------------- quantise, dequantise */
 
 static const float tiny = 1e-36f; /* least divisor: 127 * (1 / 1e-36) is finite */
-
-static inline __mmask16 first16(int64_t count) {
-    return count >= 16 ? 0xffff : (__mmask16)((1 << count) - 1);
-}
 
 /* The elements that are not outliers: NaN compares false, and so does Inf with Inf. */
 static inline __mmask16 kept16(__m512 x, __mmask16 valid, __m512 threshold) {
@@ -248,7 +245,7 @@ static inline __m512i broadcast4(const int8_t *x) {
 /* Up to 12 rows of x times 32 of W: 24 accumulators. */
 BNBQ_INLINE void multiply(const int xs, const int8_t *x, const uint8_t *w, int64_t blocks,
                           const int8_t *next, int64_t ldw, int64_t rows, int32_t *y, int64_t ldy) {
-    const __mmask16 mask0 = first16(rows), mask1 = rows < 16 ? 0 : first16(rows - 16);
+    const __mmask16 mask0 = first16(rows), mask1 = first16(rows - 16);
     u32x16 sum[X_GROUP][2];
 #pragma GCC unroll 12
     for (int i = 0; i < xs; i++) {

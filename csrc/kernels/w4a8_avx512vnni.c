@@ -18,7 +18,7 @@
  * 0.6; prefetches of the next x and y gave nothing at m = 256.
  */
 #include "blocking.h"
-#include "transpose_avx512.h"
+#include "lanes_avx512.h"
 #include "w4a8.h"
 
 #include <assert.h>
@@ -97,27 +97,6 @@ static inline __m512i make_table(const float *codebook, float *step) {
 BNBQ_INLINE __m512i decode(__m512i codes, const int high, __m512i table) {
     codes = high ? _mm512_srli_epi32(codes, 4) : codes;
     return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
-}
-
-/* GROUP columns of LANES rows of W as dwords of eight codes, transposed; 0 past the rows and
- * columns. */
-BNBQ_INLINE void load_group(const uint8_t *q, int64_t row_bytes, int64_t rows, int64_t cols,
-                            __m512i t[LANES]) {
-    if (rows >= LANES && cols >= GROUP) {
-#pragma GCC unroll 16
-        for (int r = 0; r < LANES; r++) {
-            t[r] = _mm512_loadu_si512(q);
-            q += row_bytes;
-            __asm__("" : "+r"(q)); /* or gcc keeps and spills sixteen pointers */
-        }
-    } else {
-        const __mmask16 mask = cols >= GROUP ? 0xffff : (__mmask16)((1u << cols / 8) - 1);
-#pragma GCC unroll 16
-        for (int r = 0; r < LANES; r++)
-            t[r] = r < rows ? _mm512_maskz_loadu_epi32(mask, q + r * row_bytes)
-                            : _mm512_setzero_si512();
-    }
-    transpose16(t);
 }
 
 BNBQ_INLINE __m512i broadcast4(const int8_t *q) {
