@@ -155,16 +155,38 @@ typedef struct quantize_scales {
     int64_t count;
     uint8_t *codes;
     float *absmax2, *offset;
-    double sum;
+    double *sums; /* of blocks */
 } quantize_scales;
 
-/* In double and in order: the mean must not depend on threads or vector width. */
+static int64_t block_end(int64_t block, int64_t count) {
+    return bnbq_min((block + 1) * BNBQ_ABSMAX_BLOCK, count);
+}
+
+static bool sum_task(void *context, int64_t block) {
+    const quantize_scales *op = context;
+    double sum = 0.0;
+    for (int64_t i = block * BNBQ_ABSMAX_BLOCK; i < block_end(block, op->count); i++)
+        sum += op->absmax[i];
+    op->sums[block] = sum;
+    return true;
+}
+
+/* The sums of blocks become one, in place, and *offset their mean. An order of its own, so that it
+ * does not depend on threads or vector width: reference.sum_in_order. */
 static bool mean_task(void *context, int64_t task) {
     (void)task;
-    quantize_scales *op = context;
-    for (int64_t i = 0; i < op->count; i++)
-        op->sum += op->absmax[i];
-    *op->offset = op->count ? (float)(op->sum / (double)op->count) : 0.0f;
+    const quantize_scales *op = context;
+    for (int64_t count = bnbq_ceil_div(op->count, BNBQ_ABSMAX_BLOCK), blocks; count > 1;
+         count = blocks) {
+        blocks = bnbq_ceil_div(count, BNBQ_ABSMAX_BLOCK);
+        for (int64_t block = 0; block < blocks; block++) {
+            double sum = 0.0;
+            for (int64_t i = block * BNBQ_ABSMAX_BLOCK; i < block_end(block, count); i++)
+                sum += op->sums[i];
+            op->sums[block] = sum;
+        }
+    }
+    *op->offset = op->count ? (float)(op->sums[0] / (double)op->count) : 0.0f;
     return true;
 }
 
@@ -182,8 +204,7 @@ static void nearest8(const float *x, const float *midpoints, uint8_t *codes) {
 
 static bool quantize_scales_task(void *context, int64_t block) {
     const quantize_scales *op = context;
-    int64_t start = block * BNBQ_ABSMAX_BLOCK;
-    int64_t count = bnbq_min(BNBQ_ABSMAX_BLOCK, op->count - start);
+    int64_t start = block * BNBQ_ABSMAX_BLOCK, count = block_end(block, op->count) - start;
     const float *absmax = op->absmax + start;
     float offset = *op->offset, greatest = 0.0f;
     for (int64_t i = 0; i < count; i++)
@@ -205,11 +226,15 @@ static bool quantize_scales_task(void *context, int64_t block) {
 
 bnbq_status bnbq_quantize_absmax(const float *absmax, int64_t count, uint8_t *codes, float *absmax2,
                                  float *offset) {
-    quantize_scales op = {absmax, count, codes, absmax2, offset, 0.0};
-    bnbq_serial_for(mean_task, &op, 1);
-    if (!isfinite(op.sum)) /* a double cannot overflow here: a scale is NaN or Inf */
-        return BNBQ_NOT_FINITE;
     int64_t blocks = bnbq_ceil_div(count, BNBQ_ABSMAX_BLOCK);
+    double *sums = bnbq_scratch(BNBQ_SCRATCH_EXTRA, (size_t)blocks * sizeof *sums);
+    if (!sums)
+        return BNBQ_NO_MEMORY;
+    quantize_scales op = {absmax, count, codes, absmax2, offset, sums};
+    bnbq_run_tasks(sum_task, &op, blocks, count);
+    bnbq_serial_for(mean_task, &op, 1);
+    if (!isfinite(*offset)) /* the sum cannot overflow here: a scale is NaN or Inf */
+        return BNBQ_NOT_FINITE;
     bnbq_run_tasks(quantize_scales_task, &op, blocks, count * 16); /* a search per element */
     return BNBQ_OK;
 }

@@ -32,7 +32,7 @@ const char *bnbq_thread_backend(void);
 enum {
     /* Written by the thread that called the front, read by every worker. */
     BNBQ_SCRATCH_X,       /* packed activations, or gradients as f32 */
-    BNBQ_SCRATCH_EXTRA,   /* scales of a whole weight, or lists of outliers */
+    BNBQ_SCRATCH_EXTRA,   /* scales of a whole weight, sums of scales, or lists of outliers */
     BNBQ_SCRATCH_COLUMNS, /* linear_s8.c: which columns are outliers */
     /* Of each worker, within one task. */
     BNBQ_SCRATCH_ROW,    /* rows converted to f32 */

@@ -1,5 +1,8 @@
 """Quantise and dequantise: every byte equals the specification on every instruction set."""
 
+import functools
+import operator
+
 import numpy as np
 import pytest
 import torch
@@ -70,14 +73,25 @@ def test_dequantised_values_round_once_to_the_output_dtype(out, isa):
     assert got.dtype == out and torch.equal(got, torch.from_numpy(want).to(out))
 
 
-@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 5000])
-def test_double_quantisation_bytes(count, isa):
+@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 5000, 65536, 65537, 300_000])
+def test_double_quantisation_bytes(count, isa, threads):
     absmax = np.abs(weight(1, count)[0]) + np.float32(0.01)
     absmax[0] = 0
     for got, want in zip(ops.quantize_absmax(absmax), ref.quantize_absmax(absmax), strict=True):
         assert np.array_equal(got, want)
     parts = ref.quantize_absmax(absmax)
     assert np.array_equal(ops.dequantize_absmax(*parts), ref.dequantize_absmax(*parts))
+
+
+def test_the_offset_is_a_sum_of_sums():
+    """Values of one sign and very different size, whose float64 sum depends on its order."""
+    absmax = np.exp2(np.random.default_rng(3).uniform(-40, 40, 300_000)).astype(np.float32)
+    sums = [float(x) for x in absmax]
+    while len(sums) > 1:
+        groups = [sums[i:i + 256] for i in range(0, len(sums), 256)]
+        sums = [functools.reduce(operator.add, group) for group in groups]
+    assert sums[0] == ref.sum_in_order(absmax) != functools.reduce(operator.add, map(float, absmax))
+    assert ops.quantize_absmax(absmax)[2][0] == np.float32(sums[0] / absmax.size)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -165,15 +165,26 @@ def dequantize_4bit(qweight, absmax, shape, quant_type: str = "nf4", blocksize: 
     return (find_format(quant_type).codebook[codes] * np.repeat(absmax.ravel(), blocksize)[:size]).reshape(shape)
 
 
+def sum_in_order(values: np.ndarray) -> np.float64:
+    """The float64 sum of 256 neighbours, each from the first to the last, then of 256 of those sums, and so on.
+
+    An order that thousands of threads can keep to, so that the sum does not depend on how many there are.
+    """
+    sums = values.astype(np.float64)
+    while sums.size > 1:
+        rows = np.pad(sums, (0, -sums.size % ABSMAX_BLOCK)).reshape(-1, ABSMAX_BLOCK)
+        sums = np.add.accumulate(rows, 1)[:, -1]
+    return sums[0]
+
+
 def quantize_absmax(absmax: np.ndarray):
     """Double quantisation of scales (QLoRA section 3): f32[count] -> (codes u8, absmax2 f32, offset f32[1]).
 
-    The offset is the mean, summed in float64 from the first to the last, so that it does not
-    depend on threads or vector width. Blocks of 256; each code is the nearest value of the
-    dynamic map, ties to the lower one.
+    The offset is the mean, its sum taken by :func:`sum_in_order`. Blocks of 256; each code is the
+    nearest value of the dynamic map, ties to the lower one.
     """
     flat = np.asarray(absmax, np.float32).ravel()
-    offset = np.float32(np.add.accumulate(flat.astype(np.float64))[-1] / flat.size if flat.size else 0)
+    offset = np.float32(sum_in_order(flat) / flat.size if flat.size else 0)
     centred = flat - offset
     starts = np.arange(0, flat.size, ABSMAX_BLOCK)
     absmax2 = np.maximum.reduceat(np.abs(centred), starts) if flat.size else np.empty(0, np.float32)
