@@ -16,6 +16,7 @@
 #define BNBQ_DEVICE_CUH
 
 #include <stdint.h>
+#include <string.h>
 
 #ifdef BNBQ_EMULATE
 #include "emulator.h"
@@ -78,8 +79,15 @@ DEVICE float div_rn(float a, float b) {
 DEVICE double div_rn_f64(double a, double b) {
     return a / b;
 }
+DEVICE float reciprocal_rn(float a) {
+    return 1.0f / a;
+}
 DEVICE int32_t round_to_int(float value) {
     return (int32_t)__builtin_rintf(value);
+}
+DEVICE uint32_t floor_of_product(float a, float b) {
+    double product = __builtin_floor((double)a * b); /* exact */
+    return 0x4b400000u + (uint32_t)(__builtin_fabs(product) < 0x1p22 ? (int32_t)product : 0);
 }
 DEVICE uint32_t pack_bf16(float low, float high) {
     return bnbq_f32_to_bf16(low) | (uint32_t)bnbq_f32_to_bf16(high) << 16;
@@ -187,6 +195,13 @@ DEVICE float div_rn(float a, float b) {
 }
 DEVICE double div_rn_f64(double a, double b) {
     return __ddiv_rn(a, b);
+}
+DEVICE float reciprocal_rn(float a) {
+    return __frcp_rn(a);
+}
+/* In the lowest 22 bits, for |a * b| < 2^21: a quarter of the cost of a conversion. */
+DEVICE uint32_t floor_of_product(float a, float b) {
+    return __float_as_uint(__fmaf_rd(a, b, 12582912.0f)); /* 1.5 * 2^23 */
 }
 /* Ties to even; |value| < 2^31. */
 DEVICE int32_t round_to_int(float value) {
@@ -348,6 +363,14 @@ DEVICE float shuffle_float(float value, int lane) {
 }
 DEVICE float shuffle_xor_float(float value, int mask) {
     return bits_float(shuffle_xor(float_bits(value), mask));
+}
+
+DEVICE double shuffle_double(double value, int lane) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits = (uint64_t)shuffle((uint32_t)(bits >> 32), lane) << 32 | shuffle((uint32_t)bits, lane);
+    memcpy(&value, &bits, sizeof bits);
+    return value;
 }
 
 #endif
