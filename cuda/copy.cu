@@ -103,15 +103,39 @@ bnbq_status close_result(bnbq_cuda_call *call, const matrix *result, const bnbq_
     return copy_tensor(call, &from, tensor);
 }
 
-bnbq_status load_flat(bnbq_cuda_call *call, const bnbq_tensor *tensor, const void **data) {
+static bool is_flat(const bnbq_tensor *tensor) {
     int64_t cols = tensor->shape[tensor->ndim - 1], ld;
+    return count_of(tensor) == 0 ||
+           (is_matrix(tensor, &ld) && (ld == cols || count_of(tensor) == cols));
+}
+
+static bnbq_tensor flat_like(const bnbq_tensor *tensor, void *data) {
+    return packed_like(tensor, tensor->dtype, tensor->shape[tensor->ndim - 1], data);
+}
+
+bnbq_status open_flat(bnbq_cuda_call *call, const bnbq_tensor *tensor, void **data) {
     *data = tensor->data;
-    if (count_of(tensor) == 0 ||
-        (is_matrix(tensor, &ld) && (ld == cols || count_of(tensor) == cols)))
+    if (is_flat(tensor))
         return BNBQ_OK;
     char *space;
     TRY(get_space(call, count_of(tensor) * (int64_t)bnbq_dtype_size(tensor->dtype), &space));
-    bnbq_tensor to = packed_like(tensor, tensor->dtype, cols, space);
     *data = space;
+    return BNBQ_OK;
+}
+
+bnbq_status close_flat(bnbq_cuda_call *call, void *data, const bnbq_tensor *tensor) {
+    if (data == tensor->data)
+        return BNBQ_OK;
+    bnbq_tensor from = flat_like(tensor, data);
+    return copy_tensor(call, &from, tensor);
+}
+
+bnbq_status load_flat(bnbq_cuda_call *call, const bnbq_tensor *tensor, const void **data) {
+    void *space;
+    TRY(open_flat(call, tensor, &space));
+    *data = space;
+    if (space == tensor->data)
+        return BNBQ_OK;
+    bnbq_tensor to = flat_like(tensor, space);
     return copy_tensor(call, tensor, &to);
 }

@@ -111,6 +111,9 @@ bnbq_status open_result(bnbq_cuda_call *call, const bnbq_tensor *tensor, matrix 
 bnbq_status close_result(bnbq_cuda_call *call, const matrix *result, const bnbq_tensor *tensor);
 /* The tensor's elements in row-major order without gaps: where it lies, or a copy. */
 bnbq_status load_flat(bnbq_cuda_call *call, const bnbq_tensor *tensor, const void **data);
+/* Such space for results, and after the last kernel that writes to it. */
+bnbq_status open_flat(bnbq_cuda_call *call, const bnbq_tensor *tensor, void **data);
+bnbq_status close_flat(bnbq_cuda_call *call, void *data, const bnbq_tensor *tensor);
 
 static inline int64_t count_of(const bnbq_tensor *tensor) {
     int64_t count = 1;
