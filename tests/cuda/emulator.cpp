@@ -11,7 +11,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #endif
 
 namespace emulator {
@@ -176,6 +176,9 @@ void run_block(uint32_t salt) {
         fiber &f = fibers[i];
         f.done = f.waits_for_warp = f.waits_for_group = f.waits_for_block = f.wrote_unfenced =
             false;
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(f.stack, STACK_BYTES); /* frames that nobody left */
+#endif
         make_context(&f.registers, f.stack, fiber_main);
     }
     std::vector<size_t> warp_order = in_order(warps, salt), lane_order = in_order(LANES, ~salt);
