@@ -131,8 +131,8 @@ bnbq_status bnbq_cuda_quantize_8bit(bnbq_cuda_call *call, const bnbq_tensor *w, 
         x.rows *= w->shape[d];
     int64_t per_unit = 16 / (int64_t)bnbq_dtype_size(w->dtype);
     bool wide = x.cols % per_unit == 0 && is_aligned_to(qweight, (size_t)per_unit);
-    if (blocksize && x.cols % blocksize == 0 &&
-        x.ld == x.cols) /* every block is as good as a row */
+    /* Blocks that follow one another are as good as rows. */
+    if (blocksize && x.cols % blocksize == 0 && x.ld == x.cols)
         x = {x.data, x.dtype, x.rows * (x.cols / blocksize), blocksize, blocksize};
     int64_t step = blocksize ? blocksize : x.cols;
     int64_t segments_of_row = blocksize ? ceil_div(x.cols, blocksize) : 1;

@@ -122,7 +122,7 @@ template <class T> DEVICE void store_codes(void *to, int left, bool wide, T code
         ((uint8_t *)to)[i] = (uint8_t)rest;
 }
 
-/* Whether units, or the codes of units, of so many bytes may be accessed whole. */
+/* Whether units, or codes of units, which are that many bytes, may be accessed whole. */
 static inline bool is_aligned_to(const void *data, size_t bytes) {
     return (uintptr_t)data % bytes == 0;
 }
