@@ -41,11 +41,11 @@ MAX_QUANT_STATE = 65536
 """Bytes of JSON that a quant_state may have; bitsandbytes writes about 100."""
 
 
-def read_quant_state(blob: torch.Tensor, layer: str = "layer") -> dict:
+def read_quant_state(blob: torch.Tensor, layer: str = "layer", matrix: bool = True) -> dict:
     """The JSON of a ``quant_state`` tensor, checked.
 
-    Returns quant_type, blocksize, shape (two ints or None), dtype (torch dtype or None) and, with
-    double quantisation, nested_blocksize, nested_dtype (torch dtype) and nested_offset (float).
+    Returns quant_type, blocksize, shape (ints, two of them for a matrix, or None), dtype (torch dtype or None) and,
+    with double quantisation, nested_blocksize, nested_dtype (torch dtype) and nested_offset (float).
     """
     where = f"{layer}: quant_state"
     if blob.dtype != torch.uint8 or blob.numel() > MAX_QUANT_STATE:
@@ -65,8 +65,9 @@ def read_quant_state(blob: torch.Tensor, layer: str = "layer") -> dict:
     state["shape"] = raw.get("shape")
     if state["shape"] is not None:
         sizes = state["shape"]
-        if not (isinstance(sizes, list) and len(sizes) == 2 and all(type(s) is int and 0 < s < 2**40 for s in sizes)):
-            raise ValueError(f"{where}: shape is {sizes!r}; wanted two positive integers")
+        known = isinstance(sizes, list) and (len(sizes) == 2 or not matrix)
+        if not (known and all(type(s) is int and 0 < s < 2**40 for s in sizes)):
+            raise ValueError(f"{where}: shape is {sizes!r}; wanted {'two ' if matrix else ''}positive integers")
         state["shape"] = tuple(sizes)
     if any(key.startswith("nested_") for key in raw):
         offset, size = raw.get("nested_offset"), raw.get("nested_blocksize")
@@ -80,6 +81,11 @@ def read_quant_state(blob: torch.Tensor, layer: str = "layer") -> dict:
             nested_dtype=float_dtype(raw.get("nested_dtype", "float32"), f"{where}: nested_dtype"),
         )
     return state
+
+
+def pack_quant_state(state: dict) -> torch.Tensor:
+    """The inverse of ``read_quant_state`` for plain JSON values: u8, on the CPU."""
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
 def bnb4_settings(parts: dict, layer: str = "layer") -> dict:
@@ -217,8 +223,7 @@ def bnb4_from_native(
             nested_dtype="float32",
             nested_offset=float(tensors["absmax_offset"].reshape(())),
         )
-    blob = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    parts[QUANT_STATE + quant_type] = blob.to(device)
+    parts[QUANT_STATE + quant_type] = pack_quant_state(state).to(device)
     return parts
 
 
