@@ -1,0 +1,16 @@
+"""What bitsandbytes has and bnbq does not: the names are known, so that asking for one says why."""
+
+OPTIMIZERS = (
+    "8-bit and paged optimizers are outside bnbq. Use torch.optim or another library's; "
+    "adapters on a quantised base are small enough for 32-bit states"
+)
+
+
+def reason_for(module: str, reasons: dict[str, str]):
+    """A module's ``__getattr__``: AttributeError, with the reason if the name is one of bitsandbytes'."""
+
+    def missing(name: str):
+        message = f"module {module!r} has no attribute {name!r}"
+        raise AttributeError(f"{message}: {reasons[name]}" if name in reasons else message)
+
+    return missing
