@@ -144,9 +144,9 @@ bool bnbq_check_scales(const bnbq_call *call, const bnbq_packed4 *packed, int64_
     return true;
 }
 
-bool bnbq_check_packed4(const bnbq_call *call, const bnbq_packed4 *packed, const char *n_from,
-                        int64_t n, const char *k_from, int64_t k, const bnbq_format *format,
-                        int64_t blocksize, bnbq_weight4 *w) {
+bool bnbq_check_packed4(bnbq_call *call, const bnbq_packed4 *packed, const char *n_from, int64_t n,
+                        const char *k_from, int64_t k, const bnbq_format *format, int64_t blocksize,
+                        bnbq_weight4 *w) {
     const DLTensor *q = &packed->qweight->dl;
     if (n_from != NULL && q->ndim == 2 && q->shape[1] > 1) {
         if (k != q->shape[1] * 2)
@@ -163,12 +163,13 @@ bool bnbq_check_packed4(const bnbq_call *call, const bnbq_packed4 *packed, const
         return bnbq_wrong_shape(call, packed->qweight,
                                 "%lld bytes for a weight [n = %lld, k = %lld]",
                                 (long long)bnbq_blocks(size, 2), (long long)n, (long long)k);
+    call->n = n, call->k = k;
     *w = (bnbq_weight4){
         .qweight = q->data, .format = format, .n = n, .k = k, .blocksize = blocksize};
     return bnbq_check_scales(call, packed, bnbq_blocks(size, blocksize), &w->absmax);
 }
 
-bool bnbq_check_packed8(const bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
+bool bnbq_check_packed8(bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
                         int64_t blocksize, bnbq_weight8 *w) {
     if (qweight->dl.ndim != 2)
         return bnbq_wrong_shape(call, qweight, "(n, k)");
@@ -176,6 +177,7 @@ bool bnbq_check_packed8(const bnbq_call *call, const bnbq_arg *qweight, const bn
     if (!get_size(call, n, blocksize == 0 ? 1 : bnbq_blocks(k, blocksize), &count) ||
         !bnbq_expect_count(call, absmax, count))
         return false;
+    call->n = n, call->k = k;
     *w = (bnbq_weight8){.qweight = qweight->dl.data,
                         .absmax = absmax->dl.data,
                         .n = n,

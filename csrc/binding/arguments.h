@@ -38,11 +38,11 @@ bool bnbq_check_scales(const bnbq_call *call, const bnbq_packed4 *packed, int64_
 /* The weight [n, k] that these tensors hold. n_from and k_from name the arguments that n and k were
  * read from, for messages. A matrix of bytes must be [n, k/2], unless n_from is NULL; a vector or a
  * single column (bitsandbytes' shape) must have as many bytes. */
-bool bnbq_check_packed4(const bnbq_call *call, const bnbq_packed4 *packed, const char *n_from,
-                        int64_t n, const char *k_from, int64_t k, const bnbq_format *format,
-                        int64_t blocksize, bnbq_weight4 *w);
+bool bnbq_check_packed4(bnbq_call *call, const bnbq_packed4 *packed, const char *n_from, int64_t n,
+                        const char *k_from, int64_t k, const bnbq_format *format, int64_t blocksize,
+                        bnbq_weight4 *w);
 /* qweight i8[n, k], absmax f32[n] or f32[n, ceil(k / blocksize)] */
-bool bnbq_check_packed8(const bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
+bool bnbq_check_packed8(bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
                         int64_t blocksize, bnbq_weight8 *w);
 
 static inline int64_t bnbq_blocks(int64_t count, int64_t size) {

@@ -6,6 +6,8 @@
  */
 #include "memory.h"
 
+#include "device.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -162,7 +164,13 @@ static bool take_capsule(bnbq_call *call, bnbq_arg *view, PyObject *capsule) {
     return true;
 }
 
-static bool call_dlpack(bnbq_call *call, bnbq_arg *view, PyObject *object) {
+/* Work on a GPU is ordered by torch's stream, which says nothing about memory of others. */
+static bool check_torch(const bnbq_call *call, const bnbq_arg *view, PyObject *object) {
+    return !bnbq_on_cuda(call) || wrong_type(call, PyExc_RuntimeError, view->name, Py_TYPE(object),
+                                             "on a GPU wanted a torch.Tensor");
+}
+
+static bool call_dlpack(bnbq_call *call, bnbq_arg *view, PyObject *object, bool is_torch) {
     PyObject *device = NULL, *method = NULL, *empty = NULL, *keywords = NULL, *capsule = NULL;
     bool ok = false;
     DLDevice where;
@@ -177,11 +185,14 @@ static bool call_dlpack(bnbq_call *call, bnbq_arg *view, PyObject *object) {
         explain(call, view->name);
         goto done;
     }
-    if (!bnbq_check_device(call, view->name, where))
+    if (!bnbq_check_device(call, view->name, where) ||
+        (!is_torch && !check_torch(call, view, object)))
         goto done;
     method = PyObject_GetAttrString(object, "__dlpack__");
     empty = PyTuple_New(0);
-    keywords = Py_BuildValue("{s:(ii)}", "max_version", DLPACK_MAJOR, DLPACK_MINOR);
+    keywords = bnbq_on_cuda(call) /* -1: used on the stream where it was made */
+                   ? Py_BuildValue("{s:i}", "stream", -1)
+                   : Py_BuildValue("{s:(ii)}", "max_version", DLPACK_MAJOR, DLPACK_MINOR);
     if (method == NULL || empty == NULL || keywords == NULL)
         goto done;
     capsule = PyObject_Call(method, empty, keywords);
@@ -228,7 +239,7 @@ static bool view_torch(bnbq_call *call, bnbq_arg *view, PyObject *object) {
             return false;
     } else {
         PyObject *detached = PyObject_CallMethod(object, "detach", NULL);
-        bool ok = detached != NULL && call_dlpack(call, view, detached);
+        bool ok = detached != NULL && call_dlpack(call, view, detached, true);
         Py_XDECREF(detached); /* the capsule keeps the memory */
         if (!ok)
             return false;
@@ -267,14 +278,16 @@ bool bnbq_find_memory(bnbq_call *call, bnbq_arg *view, PyObject *object, unsigne
     if (capsule != NULL && PyCapsule_IsValid(capsule, "dlpack_exchange_api")) {
         const DLExchangeApi *api = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
         if (api->header.version.major == DLPACK_MAJOR && api->borrow != NULL) {
-            bool ok = borrow(call, view, object, api);
+            bool ok = borrow(call, view, object, api) &&
+                      bnbq_check_device(call, view->name, view->dl.device) &&
+                      check_torch(call, view, object);
             Py_DECREF(capsule);
             return ok;
         }
     }
     Py_XDECREF(capsule);
     PyErr_Clear();
-    return call_dlpack(call, view, object);
+    return call_dlpack(call, view, object, false);
 }
 
 /* ------------------------------------------------------------------ new tensors */
@@ -314,11 +327,12 @@ static DLManagedTensorVersioned *new_result(DLDataType dtype, const int64_t *sha
     return managed;
 }
 
-static PyObject *new_torch(bnbq_call *call, bnbq_arg *out, const int64_t *shape,
-                           const bnbq_arg *like) {
+static PyObject *new_torch(bnbq_call *call, bnbq_arg *out, int64_t *shape, const bnbq_arg *like) {
     const DLTensor *dl = &like->dl;
     int64_t bytes = dl->dtype.bits / 8;
     bool fits = true;
+    if (bnbq_on_cuda(call))
+        return bnbq_allocate_cuda(call, out, dl->dtype, shape, dl->ndim);
     for (int i = 0; fits && i < dl->ndim; i++)
         fits = !__builtin_mul_overflow(bytes, shape[i], &bytes);
     DLManagedTensorVersioned *managed = fits && bytes < PTRDIFF_MAX / 2

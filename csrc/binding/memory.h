@@ -13,7 +13,8 @@ bool bnbq_find_memory(bnbq_call *call, bnbq_arg *arg, PyObject *object, unsigned
 PyObject *bnbq_allocate(bnbq_call *call, bnbq_arg *out, PyObject *object, const bnbq_arg *like,
                         int64_t width);
 
-bool bnbq_check_device(const bnbq_call *call, const char *name, DLDevice device);
+/* Memory there can be used, and the other arguments lie there too. */
+bool bnbq_check_device(bnbq_call *call, const char *name, DLDevice device);
 bool bnbq_wrong_dtype(const bnbq_call *call, const bnbq_arg *arg, PyObject *got, unsigned kinds);
 PyObject *bnbq_tuple(const int64_t *sizes, int count);
 

@@ -1,5 +1,7 @@
 /* ops.c - one function per operation: view the tensors, check, release the GIL, call, raise.
  *
+ * Tensors on a GPU take the same way as those on the CPU up to the call: then RUN branches.
+ *
  * All are positional-only; keywords, defaults and documentation live in bnbq/ops.py. Where a
  * caller gives an int instead of `out`, the result is allocated here, of the kind, dtype and
  * device of the input and with that many columns: for a small layer this costs a third of what
@@ -8,6 +10,7 @@
 #include "ops.h"
 
 #include "arguments.h"
+#include "device.h"
 
 #include <string.h>
 
@@ -18,12 +21,22 @@ static const double keep_gil = 1 << 15;
 /* What a quantised or dequantised element, or a scale, counts for. */
 enum { PER_ELEMENT = 8 };
 
-#define RUN_WITHOUT_GIL(work, statement)                                                           \
+/* status = the core's function or that of the GPU, where the tensors are; `work` is for the core.
+ */
+#define RUN(work, on_cpu, on_cuda)                                                                 \
     do {                                                                                           \
-        PyThreadState *thread = (double)(work) < keep_gil ? NULL : PyEval_SaveThread();            \
-        statement;                                                                                 \
-        if (thread != NULL)                                                                        \
-            PyEval_RestoreThread(thread);                                                          \
+        if (bnbq_on_cuda(&call)) {                                                                 \
+            status = BNBQ_DEVICE_ERROR;                                                            \
+            if (bnbq_enter_cuda(&call)) {                                                          \
+                status = on_cuda;                                                                  \
+                bnbq_leave_cuda(&call);                                                            \
+            }                                                                                      \
+        } else {                                                                                   \
+            PyThreadState *thread = (double)(work) < keep_gil ? NULL : PyEval_SaveThread();        \
+            status = on_cpu;                                                                       \
+            if (thread != NULL)                                                                    \
+                PyEval_RestoreThread(thread);                                                      \
+        }                                                                                          \
     } while (0)
 
 static double elements(const bnbq_arg *view) {
@@ -32,9 +45,7 @@ static double elements(const bnbq_arg *view) {
 
 static bool begin(bnbq_call *call, PyObject *module, const char *op, Py_ssize_t got,
                   Py_ssize_t wanted) {
-    call->op = op;
-    call->state = PyModule_GetState(module);
-    call->count = 0;
+    bnbq_begin(call, PyModule_GetState(module), op);
     if (got != wanted)
         return bnbq_fail(call, PyExc_TypeError, "got %zd arguments, wanted %zd", got, wanted);
     return true;
@@ -98,13 +109,34 @@ static bool view_bias(bnbq_call *call, PyObject *object, int64_t n, bnbq_tensor 
     return bnbq_rows(call, view, storage);
 }
 
+/* "linear4bit on cuda:0, x (2, 4096), weight (4096, 4096): out of memory" */
+static void device_error(const bnbq_call *call) {
+    const bnbq_arg *first = &call->args[0];
+    char device[BNBQ_DEVICE_TEXT], weight[64] = "";
+    bnbq_describe_device(call->device, device);
+    if (call->n >= 0)
+        PyOS_snprintf(weight, sizeof weight, ", weight (%lld, %lld)", (long long)call->n,
+                      (long long)call->k);
+    PyObject *shape = bnbq_shape(first);
+    if (shape != NULL)
+        PyErr_Format(PyExc_RuntimeError, "%s on %s, %s %S%s: %s", call->op, device, first->name,
+                     shape, weight, call->cuda.error);
+    Py_XDECREF(shape);
+}
+
 static PyObject *finish(bnbq_call *call, bnbq_status status, PyObject *result) {
-    if (status == BNBQ_NO_MEMORY) {
-        bnbq_fail(call, PyExc_MemoryError, "no memory for working space");
+    if (status != BNBQ_OK) {
+        const char *why = call->cuda.error;
         Py_CLEAR(result);
-    } else if (status == BNBQ_NOT_FINITE) { /* of a weight: with its index, before this */
-        bnbq_fail(call, PyExc_ValueError, "absmax has a NaN or an Inf, wanted finite scales");
-        Py_CLEAR(result);
+        if (PyErr_Occurred() != NULL) { /* torch has said what is wrong */
+        } else if (status == BNBQ_NO_MEMORY) {
+            bnbq_fail(call, PyExc_MemoryError, "no memory for working space%s%s", *why ? ": " : "",
+                      why);
+        } else if (status == BNBQ_NOT_FINITE) { /* of a weight: with its index, before this */
+            bnbq_fail(call, PyExc_ValueError, "absmax has a NaN or an Inf, wanted finite scales");
+        } else {
+            device_error(call);
+        }
     }
     bnbq_release(call);
     return result;
@@ -114,6 +146,13 @@ static PyObject *abandon(bnbq_call *call, PyObject *result) {
     bnbq_release(call);
     Py_XDECREF(result);
     return NULL;
+}
+
+/* bnbq_cuda.h says why. */
+static bnbq_status no_backward(bnbq_call *call) {
+    PyOS_snprintf(call->cuda.error, sizeof call->cuda.error,
+                  "a GPU has no kernel for this; bnbq.ops multiplies by the dequantised weight");
+    return BNBQ_DEVICE_ERROR;
 }
 
 /* "w has nan at index (3, 17)" */
@@ -163,9 +202,10 @@ PyObject *bnbq_py_quantize_4bit(PyObject *module, PyObject *const *args, Py_ssiz
         !bnbq_finish(&call) || !bnbq_rows(&call, w, &rows))
         return abandon(&call, NULL);
     if (w->count > 0)
-        RUN_WITHOUT_GIL(elements(w),
-                        status = bnbq_quantize_4bit(&rows, format, blocksize, qweight->dl.data,
-                                                    absmax->dl.data, &bad));
+        RUN(elements(w),
+            bnbq_quantize_4bit(&rows, format, blocksize, qweight->dl.data, absmax->dl.data, &bad),
+            bnbq_cuda_quantize_4bit(&call.cuda, &rows, format, blocksize, qweight->dl.data,
+                                    absmax->dl.data));
     if (status == BNBQ_NOT_FINITE) {
         not_finite(&call, w, bad);
         return abandon(&call, NULL);
@@ -194,7 +234,8 @@ PyObject *bnbq_py_dequantize_4bit(PyObject *module, PyObject *const *args, Py_ss
         !bnbq_finish(&call) || !bnbq_rows(&call, out, &rows))
         return abandon(&call, NULL);
     if (out->count > 0)
-        RUN_WITHOUT_GIL(elements(out), status = bnbq_dequantize_4bit(&w, &rows));
+        RUN(elements(out), bnbq_dequantize_4bit(&w, &rows),
+            bnbq_cuda_dequantize_4bit(&call.cuda, &w, &rows));
     return finish(&call, status, none());
 }
 
@@ -213,9 +254,11 @@ PyObject *bnbq_py_quantize_absmax(PyObject *module, PyObject *const *args, Py_ss
         !bnbq_expect_count(&call, absmax2, bnbq_blocks(absmax->count, BNBQ_ABSMAX_BLOCK)) ||
         !bnbq_expect_count(&call, offset, 1) || !bnbq_finish(&call))
         return abandon(&call, NULL);
-    RUN_WITHOUT_GIL(elements(absmax),
-                    status = bnbq_quantize_absmax(absmax->dl.data, absmax->count, codes->dl.data,
-                                                  absmax2->dl.data, offset->dl.data));
+    RUN(elements(absmax),
+        bnbq_quantize_absmax(absmax->dl.data, absmax->count, codes->dl.data, absmax2->dl.data,
+                             offset->dl.data),
+        bnbq_cuda_quantize_absmax(&call.cuda, absmax->dl.data, absmax->count, codes->dl.data,
+                                  absmax2->dl.data, offset->dl.data));
     return finish(&call, status, none());
 }
 
@@ -224,6 +267,7 @@ PyObject *bnbq_py_dequantize_absmax(PyObject *module, PyObject *const *args, Py_
     bnbq_packed4 packed;
     bnbq_arg *out;
     bnbq_absmax absmax;
+    bnbq_status status;
 
     if (!begin(&call, module, "dequantize_absmax", nargs, 4))
         return NULL;
@@ -239,8 +283,9 @@ PyObject *bnbq_py_dequantize_absmax(PyObject *module, PyObject *const *args, Py_
         !bnbq_expect_count(&call, out, packed.absmax->count) ||
         !bnbq_check_scales(&call, &packed, packed.absmax->count, &absmax) || !bnbq_finish(&call))
         return abandon(&call, NULL);
-    RUN_WITHOUT_GIL(elements(out), bnbq_load_absmax(&absmax, 0, out->count, out->dl.data));
-    return finish(&call, BNBQ_OK, none());
+    RUN(elements(out), (bnbq_load_absmax(&absmax, 0, out->count, out->dl.data), BNBQ_OK),
+        bnbq_cuda_dequantize_absmax(&call.cuda, &absmax, out->count, out->dl.data));
+    return finish(&call, status, none());
 }
 
 PyObject *bnbq_py_linear4bit(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
@@ -271,9 +316,9 @@ PyObject *bnbq_py_linear4bit(PyObject *module, PyObject *const *args, Py_ssize_t
         !bnbq_rows(&call, x, &x_rows) || !bnbq_rows(&call, out, &out_rows))
         return abandon(&call, result);
     if (out->count > 0)
-        RUN_WITHOUT_GIL(
-            (double)x->count * (double)w.n,
-            status = bnbq_linear_4bit(&x_rows, &w, bias, compute, int8_activations, &out_rows));
+        RUN((double)x->count * (double)w.n,
+            bnbq_linear_4bit(&x_rows, &w, bias, compute, int8_activations, &out_rows),
+            bnbq_cuda_linear_4bit(&call.cuda, &x_rows, &w, bias, compute, &out_rows));
     return finish(&call, status, result);
 }
 
@@ -302,8 +347,8 @@ PyObject *bnbq_py_linear4bit_backward(PyObject *module, PyObject *const *args, P
         !bnbq_finish(&call) || !bnbq_rows(&call, gy, &gy_rows) || !bnbq_rows(&call, out, &out_rows))
         return abandon(&call, result);
     if (out->count > 0)
-        RUN_WITHOUT_GIL((double)gy->count * (double)w.k,
-                        status = bnbq_linear_4bit_backward(&gy_rows, &w, compute, &out_rows));
+        RUN((double)gy->count * (double)w.k,
+            bnbq_linear_4bit_backward(&gy_rows, &w, compute, &out_rows), no_backward(&call));
     return finish(&call, status, result);
 }
 
@@ -332,8 +377,8 @@ PyObject *bnbq_py_quantize_8bit(PyObject *module, PyObject *const *args, Py_ssiz
     }
     if (!bnbq_finish(&call) || !bnbq_rows(&call, w, &rows))
         return abandon(&call, NULL);
-    RUN_WITHOUT_GIL(elements(w), status = bnbq_quantize_8bit(&rows, blocksize, qweight->dl.data,
-                                                             absmax->dl.data, &bad));
+    RUN(elements(w), bnbq_quantize_8bit(&rows, blocksize, qweight->dl.data, absmax->dl.data, &bad),
+        bnbq_cuda_quantize_8bit(&call.cuda, &rows, blocksize, qweight->dl.data, absmax->dl.data));
     if (status == BNBQ_NOT_FINITE) {
         not_finite(&call, w, bad);
         return abandon(&call, NULL);
@@ -365,7 +410,8 @@ PyObject *bnbq_py_dequantize_8bit(PyObject *module, PyObject *const *args, Py_ss
     if (!bnbq_finish(&call) || !bnbq_rows(&call, out, &rows))
         return abandon(&call, NULL);
     if (out->count > 0)
-        RUN_WITHOUT_GIL(elements(out), status = bnbq_dequantize_8bit(&packed, &rows));
+        RUN(elements(out), bnbq_dequantize_8bit(&packed, &rows),
+            bnbq_cuda_dequantize_8bit(&call.cuda, &packed, &rows));
     return finish(&call, status, none());
 }
 
@@ -409,8 +455,9 @@ PyObject *bnbq_py_linear8bitlt(PyObject *module, PyObject *const *args, Py_ssize
         !bnbq_rows(&call, x, &x_rows) || !bnbq_rows(&call, out, &out_rows))
         return abandon(&call, result);
     if (out->count > 0)
-        RUN_WITHOUT_GIL((double)x->count * (double)w.n,
-                        status = bnbq_linear_8bit(&x_rows, &w, bias, (float)threshold, &out_rows));
+        RUN((double)x->count * (double)w.n,
+            bnbq_linear_8bit(&x_rows, &w, bias, (float)threshold, &out_rows),
+            bnbq_cuda_linear_8bit(&call.cuda, &x_rows, &w, bias, (float)threshold, &out_rows));
     return finish(&call, status, result);
 }
 
@@ -443,7 +490,7 @@ PyObject *bnbq_py_linear8bitlt_backward(PyObject *module, PyObject *const *args,
     if (!bnbq_finish(&call) || !bnbq_rows(&call, gy, &gy_rows) || !bnbq_rows(&call, out, &out_rows))
         return abandon(&call, result);
     if (out->count > 0)
-        RUN_WITHOUT_GIL((double)gy->count * (double)w.k,
-                        status = bnbq_linear_8bit_backward(&gy_rows, &w, &out_rows));
+        RUN((double)gy->count * (double)w.k, bnbq_linear_8bit_backward(&gy_rows, &w, &out_rows),
+            no_backward(&call));
     return finish(&call, status, result);
 }

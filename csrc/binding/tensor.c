@@ -1,4 +1,5 @@
 /* tensor.c - checked views of tensors: dtype, device, shape, strides, overlap; see tensor.h. */
+#include "device.h"
 #include "memory.h"
 
 #include <stdarg.h>
@@ -7,6 +8,16 @@
 
 static const int dtype_size[] = {4, 2, 2, 1, 1};
 static const char *const dtype_name[] = {"float32", "bfloat16", "float16", "uint8", "int8"};
+
+void bnbq_begin(bnbq_call *call, bnbq_state *state, const char *op) {
+    call->op = op;
+    call->state = state;
+    call->device = (DLDevice){DL_CPU, 0};
+    call->n = -1;
+    call->count = 0;
+    call->cuda.error[0] = '\0';
+    call->spaces = 0;
+}
 
 bool bnbq_fail(const bnbq_call *call, PyObject *type, const char *format, ...) {
     va_list arguments;
@@ -94,23 +105,30 @@ static bool set_dtype(const bnbq_call *call, bnbq_arg *view, unsigned kinds) {
 
 /* ------------------------------------------------------------------ device */
 
-/* The device must be readable from here, and this is asked before the producer is asked for memory.
- * Arguments seen earlier have passed, so they are on the CPU. */
-bool bnbq_check_device(const bnbq_call *call, const char *name, DLDevice device) {
-    if (device.device_type == DL_CPU || device.device_type == DL_CUDA_HOST ||
-        device.device_type == DL_ROCM_HOST)
-        return true;
-    char text[48];
-    if (device.device_type == DL_CUDA)
-        PyOS_snprintf(text, sizeof text, "cuda:%d", (int)device.device_id);
-    else
-        PyOS_snprintf(text, sizeof text, "a device of DLPack type %d", (int)device.device_type);
-    if (call->count > 0)
+/* Asked before the producer is asked for memory. Arguments seen earlier have passed. */
+bool bnbq_check_device(bnbq_call *call, const char *name, DLDevice device) {
+    char here[BNBQ_DEVICE_TEXT], there[BNBQ_DEVICE_TEXT];
+    if (device.device_type == DL_CUDA_HOST || device.device_type == DL_ROCM_HOST)
+        device.device_type = DL_CPU;
+    if (device.device_type == DL_CPU)
+        device.device_id = 0;
+    bnbq_describe_device(device, there);
+    if (call->count > 0) {
+        if (device.device_type == call->device.device_type &&
+            device.device_id == call->device.device_id)
+            return true;
+        bnbq_describe_device(call->device, here);
         return bnbq_fail(call, PyExc_RuntimeError,
-                         "%s is on %s and %s on the CPU, wanted all on one device", name, text,
-                         call->args[0].name);
-    return bnbq_fail(call, PyExc_RuntimeError, "%s is on %s, and this build of bnbq %s", name, text,
-                     device.device_type == DL_CUDA ? "has no CUDA" : "knows the CPU only");
+                         "%s is on %s and %s on %s, wanted all on one device", call->args[0].name,
+                         here, name, there);
+    }
+    call->device = device;
+    if (device.device_type == DL_CPU ||
+        (device.device_type == DL_CUDA && bnbq_cuda_toolkit() != NULL))
+        return true;
+    return bnbq_fail(call, PyExc_RuntimeError, "%s is on %s, and this build of bnbq %s", name,
+                     there,
+                     device.device_type != DL_CUDA ? "knows CPUs and CUDA only" : "has no CUDA");
 }
 
 /* ------------------------------------------------------------------ checks */
@@ -282,6 +300,7 @@ bool bnbq_finish(bnbq_call *call) {
 void bnbq_release(bnbq_call *call) {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback); /* a deleter may run Python */
+    bnbq_free_spaces(call);
     for (int i = 0; i < call->count; i++) {
         bnbq_arg *view = &call->args[i];
         if (view->managed == NULL)

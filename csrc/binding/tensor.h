@@ -10,6 +10,7 @@
 #include <Python.h>
 #include <stdbool.h>
 
+#include "../../cuda/bnbq_cuda.h"
 #include "bnbq.h"
 #include "dlpack.h"
 
@@ -22,7 +23,7 @@ typedef struct bnbq_state {
     PyObject *plain_dispatch;   /* torch.Tensor.__torch_dispatch__ */
 } bnbq_state;
 
-enum { BNBQ_ARGS = 8, BNBQ_ARG_DIMS = 64 };
+enum { BNBQ_ARGS = 8, BNBQ_ARG_DIMS = 64, BNBQ_SPACES = 16 };
 
 /* Kinds of tensor: sets of dtypes. */
 enum {
@@ -46,11 +47,21 @@ typedef struct bnbq_arg {
 typedef struct bnbq_call {
     const char *op;
     bnbq_state *state;
+    DLDevice device; /* of every argument: the CPU or a CUDA device; the first one sets it */
+    int64_t n, k;    /* of the weight, once it has been checked; n is -1 before */
     int count;
     bnbq_arg args[BNBQ_ARGS];
+
+    /* On a CUDA device: device.h. */
+    bnbq_cuda_call cuda;
+    PyThreadState *thread;
+    int spaces;
+    void *space[BNBQ_SPACES]; /* what holds the working space until bnbq_release */
 } bnbq_call;
 
 bool bnbq_tensor_import(void); /* NumPy's C API; once per process */
+
+void bnbq_begin(bnbq_call *call, bnbq_state *state, const char *op);
 
 /* The argument as a view; `kinds` is a set of dtypes. Inputs may have any strides, outputs must be
  * writable and must not overlap themselves. */
@@ -64,7 +75,7 @@ bnbq_arg *bnbq_packed_output(bnbq_call *call, PyObject *object, const char *name
 bnbq_arg *bnbq_new_output(bnbq_call *call, PyObject *object, const bnbq_arg *like, int64_t width,
                           PyObject **result);
 
-/* After the last argument: all on the CPU, no output shares memory with anything else. */
+/* After the last argument: no output shares memory with anything else. */
 bool bnbq_finish(bnbq_call *call);
 void bnbq_release(bnbq_call *call);
 
