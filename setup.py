@@ -6,6 +6,8 @@ Environment:
     BNBQ_DEBUG=1                      keep asserts
     BNBQ_SANITIZE=address,undefined   sanitizers, -g -O1, asserts
     BNBQ_CUDA=0|1|auto                auto (default): cuda/*.cu if nvcc is found, else cuda/stub.c
+    BNBQ_CUDA=emulate                 for tests only: cuda/*.cu for the CPU, by $CXX, with the emulator of tests/cuda;
+                                      "CUDA" tensors must then lie in the CPU's memory
     BNBQ_CUDA_ARCHS="80;90"           compute capabilities, default CUDA_ARCHS
     BNBQ_JOBS=2                       compilers at once, default: all processors
 """
@@ -64,13 +66,15 @@ def switch(name):
 
 
 def cuda_sources():
-    """(nvcc, .cu files), or (None, []) for a build with the stub."""
+    """(compiler, sources): nvcc, or for an emulation the C++ compiler; (None, []) for a build with the stub."""
     wanted = os.environ.get("BNBQ_CUDA", "auto")
-    if wanted not in ("0", "1", "auto"):
-        raise PlatformError(f"BNBQ_CUDA is {wanted!r}, wanted 0, 1 or auto")
+    if wanted not in ("0", "1", "auto", "emulate"):
+        raise PlatformError(f"BNBQ_CUDA is {wanted!r}, wanted 0, 1, auto or emulate")
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
     files = sorted(glob("cuda/*.cu", root_dir=ROOT))
+    if wanted == "emulate":
+        return os.environ.get("CXX", "g++"), [*files, "tests/cuda/emulator.cpp"]
     if wanted == "1" and not nvcc:
         raise PlatformError("BNBQ_CUDA=1, but there is no nvcc on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin")
     if wanted == "1" and not files:
@@ -106,25 +110,27 @@ class BuildExt(build_ext):
         flags = dict.fromkeys(sorted(glob("csrc/*.c")), common)
         flags |= dict.fromkeys(sorted(glob("csrc/binding/*.c")), common + binding)
         flags |= {f"csrc/kernels/{name}.c": common + own for name, own in kernels.items()}
-        nvcc, cu_files = cuda_sources()
-        flags |= {} if nvcc else {"cuda/stub.c": common}
+        cuda, cu_files = cuda_sources()
+        emulate = "tests/cuda/emulator.cpp" in cu_files
+        flags |= {} if cuda else {"cuda/stub.c": common}
 
-        headers = [*glob("csrc/**/*.h", recursive=True), *glob("cuda/*.h"), *glob("cuda/*.cuh")]
+        headers = [*glob("csrc/**/*.h", recursive=True), *glob("cuda/*.h"), *glob("cuda/*.cuh"), *glob("tests/cuda/*.h")]
         newest = max(os.path.getmtime(h) for h in headers)
         jobs = [(lambda s=s, f=f: self.compile_c(s, f, newest)) for s, f in flags.items()]
-        jobs += [(lambda s=s: self.compile_cuda(nvcc, s, newest)) for s in cu_files]
+        compile_cuda = self.compile_emulated if emulate else self.compile_cuda
+        jobs += [(lambda s=s: compile_cuda(cuda, s, newest)) for s in cu_files]
         with ThreadPoolExecutor(int(os.environ.get("BNBQ_JOBS") or os.cpu_count())) as pool:
             objects = [f.result() for f in [pool.submit(job) for job in jobs]]
 
         target = self.get_ext_fullpath(ext.name)
         link = ["-pthread", *([f"-fsanitize={sanitize}"] if sanitize else [])]
-        if nvcc:  # knows where its static runtime is
+        if cuda and not emulate:  # knows where its static runtime is
             self.mkpath(os.path.dirname(target))
             host = [word for flag in link for word in ("-Xcompiler", flag)]
-            subprocess.check_call([nvcc, "-shared", "-cudart", "static", *host, *objects, "-ldl", "-o", target])
+            subprocess.check_call([cuda, "-shared", "-cudart", "static", *host, *objects, "-ldl", "-o", target])
         else:
             self.compiler.link_shared_object(
-                objects, target, libraries=self.get_libraries(ext), extra_postargs=[*link, "-ldl"],
+                objects, target, libraries=self.get_libraries(ext), extra_postargs=[*link, *(["-lstdc++"] if emulate else []), "-ldl"],
                 build_temp=self.build_temp, target_lang="c",
             )
 
@@ -153,6 +159,17 @@ class BuildExt(build_ext):
                 raise CompileError(f"{source}: nvcc failed")
 
         return self.compile_one(source, flags, newest, run)
+
+    def compile_emulated(self, compiler, source, newest):
+        sanitize = os.environ.get("BNBQ_SANITIZE", "")
+        flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-pthread", "-DBNBQ_EMULATE"]
+        flags += ["-Icsrc", "-Icuda", "-Itests/cuda", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+                  "-Wno-missing-field-initializers"]
+        flags += ["-g", "-O1", f"-fsanitize={sanitize}"] if sanitize else ["-O2", "-g0"]
+        flags += ["-Werror"] if switch("BNBQ_WERROR") else []
+        flags += ["-x", "c++"]
+        return self.compile_one(source, flags, newest, lambda out: subprocess.check_call(
+            [compiler, *flags, "-c", source, "-o", out]))
 
     def compile_one(self, source, flags, newest, run):
         """Run unless the object is newer than its source, every header and this file, with the same flags."""
