@@ -65,6 +65,7 @@ bnbq_status launch_as(void (*)(P...), bnbq_cuda_call *call, dim3 grid, unsigned 
     if (grid.x == 0 || grid.y == 0 || grid.z == 0)
         return BNBQ_OK;
 #ifdef BNBQ_EMULATE
+    emulator::last_call = {call->device, call->stream, call->batch_invariant};
     if (emulator::next_failure)
         return launch_kernel(call, nullptr, nullptr, grid, threads, shared, nullptr);
     emulator::run(__PRETTY_FUNCTION__, grid, dim3(threads), shared,

@@ -18,6 +18,7 @@ namespace emulator {
 
 dim3 thread, block, block_size, grid_size;
 device current_device = {90, 4, 227 * 1024};
+call last_call;
 const char *next_failure;
 
 namespace {
@@ -507,4 +508,10 @@ void emulator_fail_next_launch(const char *message) {
 
 int64_t emulator_launches(void) {
     return emulator::launches;
+}
+
+void emulator_last_call(int *device, void **stream, bool *batch_invariant) {
+    *device = emulator::last_call.device;
+    *stream = emulator::last_call.stream;
+    *batch_invariant = emulator::last_call.batch_invariant;
 }

@@ -90,6 +90,8 @@ void emulator_set_order(uint32_t order);
 void emulator_set_device(int compute_capability, int processors, size_t shared_limit);
 void emulator_fail_next_launch(const char *message); /* once; a string that stays */
 int64_t emulator_launches(void);                     /* so far */
+/* What the latest launch was given. */
+void emulator_last_call(int *device, void **stream, bool *batch_invariant);
 }
 
 namespace emulator {
@@ -97,7 +99,13 @@ struct device {
     int compute_capability, processors;
     size_t shared_limit;
 };
+struct call {
+    int device;
+    void *stream;
+    bool batch_invariant;
+};
 extern device current_device;
+extern call last_call;
 extern const char *next_failure;
 } // namespace emulator
 
