@@ -114,7 +114,8 @@ class BuildExt(build_ext):
         emulate = "tests/cuda/emulator.cpp" in cu_files
         flags |= {} if cuda else {"cuda/stub.c": common}
 
-        headers = [*glob("csrc/**/*.h", recursive=True), *glob("cuda/*.h"), *glob("cuda/*.cuh"), *glob("tests/cuda/*.h")]
+        headers = [*glob("csrc/**/*.h", recursive=True), *glob("cuda/*.h"), *glob("cuda/*.cuh")]
+        headers += glob("tests/cuda/*.h") if emulate else []
         newest = max(os.path.getmtime(h) for h in headers)
         jobs = [(lambda s=s, f=f: self.compile_c(s, f, newest)) for s, f in flags.items()]
         compile_cuda = self.compile_emulated if emulate else self.compile_cuda
@@ -123,14 +124,14 @@ class BuildExt(build_ext):
             objects = [f.result() for f in [pool.submit(job) for job in jobs]]
 
         target = self.get_ext_fullpath(ext.name)
-        link = ["-pthread", *([f"-fsanitize={sanitize}"] if sanitize else [])]
+        link = ["-pthread", *([f"-fsanitize={sanitize}"] if sanitize else []), *(["-lstdc++"] if emulate else [])]
         if cuda and not emulate:  # knows where its static runtime is
             self.mkpath(os.path.dirname(target))
             host = [word for flag in link for word in ("-Xcompiler", flag)]
             subprocess.check_call([cuda, "-shared", "-cudart", "static", *host, *objects, "-ldl", "-o", target])
         else:
             self.compiler.link_shared_object(
-                objects, target, libraries=self.get_libraries(ext), extra_postargs=[*link, *(["-lstdc++"] if emulate else []), "-ldl"],
+                objects, target, libraries=self.get_libraries(ext), extra_postargs=[*link, "-ldl"],
                 build_temp=self.build_temp, target_lang="c",
             )
 
