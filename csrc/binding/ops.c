@@ -124,10 +124,20 @@ static void device_error(const bnbq_call *call) {
     Py_XDECREF(shape);
 }
 
+/* A result that nobody gets, whether or not an exception is set: freeing its memory may run Python.
+ */
+static void drop(PyObject *result) {
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    Py_XDECREF(result);
+    PyErr_Restore(type, value, traceback);
+}
+
 static PyObject *finish(bnbq_call *call, bnbq_status status, PyObject *result) {
     if (status != BNBQ_OK) {
         const char *why = call->cuda.error;
-        Py_CLEAR(result);
+        drop(result);
+        result = NULL;
         if (PyErr_Occurred() != NULL) { /* torch has said what is wrong */
         } else if (status == BNBQ_NO_MEMORY) {
             bnbq_fail(call, PyExc_MemoryError, "no memory for working space%s%s", *why ? ": " : "",
@@ -144,7 +154,7 @@ static PyObject *finish(bnbq_call *call, bnbq_status status, PyObject *result) {
 
 static PyObject *abandon(bnbq_call *call, PyObject *result) {
     bnbq_release(call);
-    Py_XDECREF(result);
+    drop(result);
     return NULL;
 }
 

@@ -2,7 +2,8 @@
 
 The self test runs every kernel family on every instruction set of this CPU: a small weight is
 quantised, multiplied and compared with reference.py. It needs NumPy only; torch is imported, where it
-is installed, because its presence decides which threads the kernels use.
+is installed, because its presence decides which threads the kernels use. Where it sees a GPU and this is
+a build with CUDA, every operation runs there too (doctor_cuda.py).
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def examine() -> dict:
         threads={"backend": _bnbq.thread_backend(), "count": _bnbq.thread_count()},
     )
     facts["self_test"] = self_test(_bnbq)
-    facts["ok"] = all(test["ok"] for test in facts["self_test"])
+    facts["gpu_self_test"] = gpu_self_test(facts) if facts["build"]["cuda"] else []
+    facts["ok"] = all(test["ok"] for test in [*facts["self_test"], *facts["gpu_self_test"]])
     facts["seconds"] = round(time.perf_counter() - started, 2)
     return facts
 
@@ -149,6 +151,16 @@ def self_test(_bnbq) -> list[dict]:
     finally:
         _bnbq.set_isa(chosen)
     return results
+
+
+def gpu_self_test(facts: dict) -> list[dict]:
+    """One result for each GPU that torch sees and operation: device, operation, ok, error."""
+    gpus = facts.get("torch", {}).get("gpus", [])
+    if not gpus:
+        return []
+    from . import doctor_cuda
+
+    return [test for i in range(len(gpus)) for test in doctor_cuda.self_test(f"cuda:{i}")]
 
 
 def numbers(*shape, scale: float = 1.0) -> np.ndarray:
@@ -297,8 +309,8 @@ def describe(facts: dict) -> str:
     build = facts["build"]
     lines += [
         f"extension {facts['extension']}",
-        "built with " + ", ".join(f"{key} {value}" for key, value in build.items() if key != "cuda"),
-        f"CUDA: {'built in, ' + str(build['cuda']) if build.get('cuda') else 'no kernels in this build'}; "
+        "built with " + ", ".join(f"{key} {value}" for key, value in build.items() if not key.startswith("cuda")),
+        f"CUDA: {'toolkit {cuda}, {cuda_archs}'.format(**build) if build['cuda'] else 'no kernels in this build'}; "
         f"GPUs: {'; '.join(facts.get('torch', {}).get('gpus', [])) or 'none found'}",
         f"CPU: {facts['cpu']}",
         f"     {' '.join(facts['cpu_features']) or 'no features beyond the baseline'}",
@@ -311,6 +323,12 @@ def describe(facts: dict) -> str:
     lines += [
         f"  {test['family']:5} {test['kernel'] or '?':12} {'ok' if test['ok'] else 'FAILED: ' + test['error']}"
         for test in facts["self_test"]
+    ]
+    if facts["gpu_self_test"]:
+        lines += ["", "self test on the GPU, against the CPU"]
+    lines += [
+        f"  {test['device']:7} {test['operation']:22} {'ok' if test['ok'] else 'FAILED: ' + test['error']}"
+        for test in facts["gpu_self_test"]
     ]
     lines.append(f"\n{'all is well' if facts['ok'] else 'FAILED'} ({facts['seconds']} s)")
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from torch import nn
 
 from . import ops
 from .config import check_activations, check_blocksize, check_bool, check_quant_type, check_threshold, parse_dtype
+from .ops_torch import check_finite
 from .state import METADATA_KEY, checked_entries, describe, format_metadata
 from .virtual_weight import VirtualWeight
 
@@ -72,7 +73,7 @@ class QuantizedLinear(nn.Linear):
 
     def packed(self, dense: torch.Tensor) -> dict[str, torch.Tensor]:
         """What this layer stores for ``dense``, float[out_features, in_features]: tensors by parameter name, on its
-        device. ValueError for a NaN or an Inf."""
+        device. ValueError for a NaN or an Inf; to know, a GPU is waited for, once."""
         dense = dense.detach()
         if dense.is_meta:
             return {
@@ -265,7 +266,7 @@ class Linear4bit(QuantizedLinear):
         compute_dtype: float32, bfloat16 or float16 (torch.dtype or name); None (default) is the input's dtype.
         activations: "int8" rounds x to int8 in blocks of min(blocksize, 64) columns, and the codebook with it: less
             exact, and with AVX-512 VNNI faster. Gradients stay those of the default, None. No effect where in_features
-            is no multiple of blocksize.
+            is no multiple of blocksize, nor on a GPU.
         weight_dtype: what ``weight`` reports and dequantises to; None is torch's default dtype.
         device: "meta" makes an unfilled layer.
 
@@ -328,6 +329,7 @@ class Linear4bit(QuantizedLinear):
 
     def _pack(self, dense):
         packed = ops.quantize_4bit(dense, self._quant_type, self._blocksize, self._double_quant)
+        check_finite("quantize_4bit", dense, packed.absmax_offset if self._double_quant else packed.absmax)
         return {name: getattr(packed, name) for name in self.packed_spec()}
 
     def _unpack(self, dtype):
@@ -442,6 +444,7 @@ class Linear8bitLt(QuantizedLinear):
 
     def _pack(self, dense):
         qweight, absmax = ops.quantize_8bit(dense, self._blocksize)
+        check_finite("quantize_8bit", dense, absmax)
         return {"qweight": qweight, "absmax": absmax}
 
     def _unpack(self, dtype):

@@ -15,8 +15,12 @@ are contiguous. A weight ``[n, k]`` is packed as
 8     ``qweight`` int8 ``[n, k]`` and ``absmax`` float32 ``[n]``, or ``[n, ceil(k/blocksize)]``
 ====  =======================================================================================
 
-Errors: TypeError for a wrong kind or dtype, ValueError for a wrong shape or value (a weight that is
-not finite is one), RuntimeError for a device. The message names the function and the argument.
+All tensors lie on the CPU, or all on one CUDA device: then torch tensors, the work goes to torch's
+current stream, and nothing waits for it.
+
+Errors: TypeError for a wrong kind or dtype, ValueError for a wrong shape or value (on the CPU a weight
+that is not finite is one), RuntimeError for a device, or from one. The message names the function and
+the argument.
 """
 
 from __future__ import annotations
@@ -125,6 +129,9 @@ def quantize_4bit(w, quant_type: str = "nf4", blocksize: int = 64, double_quant:
 
     quant_type is "nf4", "fp4" (both QLoRA, Dettmers et al. 2023) or "int4"; the bytes equal those
     of bitsandbytes. With double_quant the scales are packed too, by `quantize_absmax`.
+
+    A weight that is not finite raises ValueError on the CPU. On a GPU nothing here waits to hear of it: the
+    absmax of its block (with double_quant: absmax_offset) is then NaN or Inf. `bnbq.nn` looks and raises.
     """
     check_blocksize("quantize_4bit", blocksize)
     torch_ops = _torch_ops(w)
@@ -183,7 +190,7 @@ def linear4bit(x, qweight, absmax, out_features: int, bias=None, *, absmax2=None
 
     activations="int8" rounds x to int8 in blocks of min(blocksize, 64) columns, and the codebook with it: less
     exact (`bnbq.reference.linear_4bit_int8` defines it), and with AVX-512 VNNI faster. Gradients are those of the
-    product without it. Where k is no multiple of blocksize it changes nothing.
+    product without it. Where k is no multiple of blocksize, and on a GPU, it changes nothing.
     """
     torch_ops = _torch_ops(x)
     if torch_ops is not None:
@@ -211,7 +218,7 @@ def linear4bit_backward(gy, qweight, absmax, in_features: int, *, absmax2=None, 
 
 def quantize_8bit(w, blocksize: int = 0):
     """w[n, k] -> (qweight int8 [n, k], absmax float32): rowwise absmax (LLM.int8(), Dettmers et al.
-    2022), or one scale per blocksize columns of a row."""
+    2022), or one scale per blocksize columns of a row. Of weights that are not finite see `quantize_4bit`."""
     check_blocksize("quantize_8bit", blocksize, zero=True)
     torch_ops = _torch_ops(w)
     if torch_ops is not None:

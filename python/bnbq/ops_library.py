@@ -1,7 +1,8 @@
 """The ``bnbq::`` operators of torch's dispatcher: schemas, kernels, shapes for tracing, vmap.
 
 Each is functional and its output's shape follows from its arguments alone, so that torch.compile and
-torch.export keep them whole. Arguments come in the order of the C functions, defaults live in `bnbq.ops`.
+torch.export keep them whole. On a GPU some products are a kernel of ours followed by cuBLAS: that is decided inside
+the operator too. Arguments come in the order of the C functions, defaults live in `bnbq.ops`.
 They have no gradients: registering those would cost every call in a compiled model 6 us (measured: 4 us ->
 10 us on two cores of a Zen 4 server), so `bnbq.ops_autograd` wraps them. Imported once per process.
 """
@@ -18,6 +19,11 @@ from .ops import absmax_shape_8bit, packed_shapes_4bit
 PACKED4 = "Tensor qweight, Tensor absmax, Tensor? absmax2, Tensor? absmax_offset"
 PACKED8 = "Tensor qweight, Tensor absmax"
 FORMAT4 = "str quant_type, int blocksize"
+
+DENSE_ROWS = 1024
+"""From so many rows of x on, a 4-bit product on a GPU is the dense one with the dequantised weight. Counted for an
+H200, not measured: dequantising takes as long as the dense product of 235 rows, and from about here on that is less
+than what the fused kernel is slower by, which decodes the weight again for every tile of rows."""
 
 library = torch.library.Library("bnbq", "DEF")
 
@@ -115,8 +121,28 @@ def columns(function: str, x: Tensor, name: str, wanted, what: str) -> None:
         raise ValueError(f"{function}: {name} has {x.shape[-1]} columns, the weight has {what} = {wanted}")
 
 
-def linear4bit(x, *arguments):
-    return _bnbq.linear4bit(x.resolve_neg(), *arguments)
+def linear4bit(x, qweight, absmax, absmax2, absmax_offset, bias, out_features, quant_type, blocksize, compute,
+               activations):
+    x = x.resolve_neg()
+    packed = qweight, absmax, absmax2, absmax_offset
+    if not (on_gpu(x) and is_dense_faster(x, compute)):
+        return _bnbq.linear4bit(x, *packed, bias, out_features, quant_type, blocksize, compute, activations)
+    checked = x.new_empty((0, x.shape[-1]))  # no rows: nothing runs, and what is wrong is said
+    _bnbq.linear4bit(checked, *packed, bias, out_features, quant_type, blocksize, compute, activations)
+    w = dequantize_4bit(*packed, (out_features, x.shape[-1]), quant_type, blocksize, x.dtype)
+    with torch.no_grad():  # like the kernel
+        return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def is_dense_faster(x: Tensor, compute: str | None) -> bool:
+    """Not where a row's result may not depend on the number of rows, nor where x is rounded to another dtype first:
+    the dense product would round its result to it too."""
+    return (x.shape[:-1].numel() >= DENSE_ROWS and not _bnbq.batch_invariant()
+            and (compute is None or x.dtype == getattr(torch, compute)))
 
 
 def linear4bit_fake(x, qweight, absmax, absmax2, absmax_offset, bias, out_features, quant_type, blocksize, compute,
@@ -126,8 +152,19 @@ def linear4bit_fake(x, qweight, absmax, absmax2, absmax_offset, bias, out_featur
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def linear4bit_backward(gy, *arguments):
-    return _bnbq.linear4bit_backward(gy.resolve_neg(), *arguments)
+def linear4bit_backward(gy, qweight, absmax, absmax2, absmax_offset, in_features, quant_type, blocksize, compute):
+    gy = gy.resolve_neg()
+    packed = qweight, absmax, absmax2, absmax_offset
+    if not on_gpu(gy):
+        return _bnbq.linear4bit_backward(gy, *packed, in_features, quant_type, blocksize, compute)
+    checked = gy.new_empty((0, *gy.shape[-1:]))
+    _bnbq.linear4bit_backward(checked, *packed, in_features, quant_type, blocksize, compute)
+    dtype = gy.dtype if compute is None else getattr(torch, compute)
+    # Gradients of a larger range than float16 has keep it.
+    dense = torch.float32 if dtype == torch.float16 and gy.dtype != dtype else dtype
+    w = dequantize_4bit(*packed, (gy.shape[-1], in_features), quant_type, blocksize, dense)
+    with torch.no_grad():
+        return (gy.to(dtype).to(dense) @ w).to(gy.dtype)
 
 
 def linear4bit_backward_fake(gy, qweight, absmax, absmax2, absmax_offset, in_features, quant_type, blocksize, compute):
@@ -144,7 +181,13 @@ def linear8bitlt_fake(x, qweight, absmax, bias, threshold, blocksize):
 
 
 def linear8bitlt_backward(gy, qweight, absmax, blocksize):
-    return _bnbq.linear8bitlt_backward(gy.resolve_neg(), qweight, absmax, None, blocksize)
+    gy = gy.resolve_neg()
+    if not on_gpu(gy):
+        return _bnbq.linear8bitlt_backward(gy, qweight, absmax, None, blocksize)
+    checked = gy.new_empty((0, *gy.shape[-1:]))
+    _bnbq.linear8bitlt_backward(checked, qweight, absmax, None, blocksize)
+    with torch.no_grad():
+        return gy @ dequantize_8bit(qweight, absmax, blocksize, gy.dtype)
 
 
 def linear8bitlt_backward_fake(gy, qweight, absmax, blocksize):

@@ -1,7 +1,8 @@
 """The operations of `bnbq.ops` on torch tensors: how a call reaches C.
 
 ======================================  ============================================================
-plain tensors, nothing to differentiate  straight to C
+plain CPU tensors without gradients      straight to C
+plain CUDA tensors without gradients     `bnbq.ops_library`, where some products go on to cuBLAS
 x or bias needs a gradient, torch.func   `torch.autograd.Function` (`bnbq.ops_autograd`)
 torch.compile, fake and meta tensors,    the dispatcher's ``bnbq::`` operators (`bnbq.ops_library`)
 subclasses, dispatch modes
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import _bnbq
+from . import _bnbq, ops_library
 from .ops_autograd import compute, differentiable, is_differentiated, is_watched
 
 COMPUTE_DTYPES = {
@@ -63,7 +64,7 @@ def linear4bit(x, qweight, absmax, out_features, bias=None, absmax2=None, absmax
                   compute_dtype, activations)
     if maybe_autocast():
         x = autocast(x)
-    if not (is_differentiated(x, bias) or is_watched(x)):
+    if not (x.is_cuda or is_differentiated(x, bias) or is_watched(x)):
         try:
             return _bnbq.linear4bit(x, qweight, absmax, absmax2, absmax_offset, bias, out_features, quant_type,
                                     blocksize, compute_dtype, activations)
@@ -79,7 +80,7 @@ def linear8bitlt(x, qweight, absmax, bias=None, threshold=6.0, blocksize=0):
         return op(autocast(x), qweight, absmax, bias, threshold, blocksize)
     if maybe_autocast():
         x = autocast(x)
-    if not (is_differentiated(x, bias) or is_watched(x)):
+    if not (x.is_cuda or is_differentiated(x, bias) or is_watched(x)):
         try:
             return _bnbq.linear8bitlt(x, qweight, absmax, bias, None, threshold, blocksize)
         except RuntimeError:
@@ -112,6 +113,17 @@ def pack(name: str, *arguments):
     """An operation on weights: never differentiated."""
     with torch.no_grad():
         return getattr(torch.ops.bnbq, name)(*arguments) if is_dynamo_compiling() else compute(name, *arguments)
+
+
+def check_finite(function: str, w: Tensor, scales: Tensor) -> None:
+    """ValueError if ``w`` had a NaN or an Inf: on a GPU quantising does not wait to hear of it, but then ``scales``
+    (absmax, or absmax_offset) is not finite either. Waits for the GPU; does nothing where that cannot be, while a
+    CUDA graph is captured or a model compiled, and on the CPU, where quantising has raised it."""
+    if not ops_library.on_gpu(w) or is_dynamo_compiling() or torch.cuda.is_current_stream_capturing():
+        return
+    if not torch.isfinite(scales).all():
+        index = tuple(torch.nonzero(~torch.isfinite(w))[0].tolist())
+        raise ValueError(f"{function}: w has {w[index].item()} at index {index}")
 
 
 def quantize_4bit(w, quant_type="nf4", blocksize=64):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import nn as torch_nn
 
-from . import _bnbq, nn
+from . import _bnbq, nn, ops_library
 
 # ------------------------------------------------------------------ sizes
 
@@ -356,8 +356,10 @@ def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
         device = device if runs_on is None else torch.device(runs_on)
     if device.type == "meta":
         return Explanation(layer.describe(), "none: the layer is on meta", dtype, [])
+    if device.type == "cuda" and _bnbq.build_info()["cuda"]:
+        return explain_cuda(layer, device, dtype, m)
     if device.type != "cpu":
-        return Explanation(layer.describe(), f"{family} {device.type}", dtype, [f"it runs on {device}"])
+        return Explanation(layer.describe(), f"none: this build of bnbq has no kernels for {device}", dtype, [])
     rows = [row for row in _bnbq.rows() if row["family"] == family]
     used = next(i for i, row in enumerate(rows) if row["in_use"])
     row, kernel = rows[used], f"{family} {rows[used]['isa']}"
@@ -380,12 +382,33 @@ def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
     elif four and dtype == "bfloat16":
         reasons.append(bfloat16_reason(row["bf16_min_m"], row["bf16_max_m"], m))
     if not four:
-        reasons.append(
-            f"activations of at least {layer.threshold:g} are multiplied in float"
-            if layer.threshold
-            else "no outliers: threshold is 0"
-        )
+        reasons.append(outlier_reason(layer.threshold))
     return Explanation(layer.describe(), kernel, dtype, reasons)
+
+
+def explain_cuda(layer: nn.QuantizedLinear, device: torch.device, dtype: str, m: int | None) -> Explanation:
+    four = isinstance(layer, nn.Linear4bit)
+    reasons = [f"it lies on {device}; the kernels are compiled for {_bnbq.build_info()['cuda_archs']}"]
+    if not four:
+        reasons.append(outlier_reason(layer.threshold))
+        return Explanation(layer.describe(), "s8 cuda", dtype, reasons)
+    if layer.activations:
+        reasons.append("activations='int8' changes nothing on a GPU")
+    least, kernel = ops_library.DENSE_ROWS, "q4 cuda"
+    if _bnbq.batch_invariant():
+        reasons.append("batch invariant: the fused kernel for every m")
+    elif layer.compute_dtype not in (None, layer.weight_dtype):
+        reasons.append("inputs are rounded to another dtype: the fused kernel for every m")
+    else:
+        reasons.append(f"from m = {least} on the weight is dequantised and multiplied by cuBLAS")
+        kernel += " dequantise, then cuBLAS" if m is not None and m >= least else ""
+    return Explanation(layer.describe(), kernel, dtype, reasons)
+
+
+def outlier_reason(threshold: float) -> str:
+    if not threshold:
+        return "no outliers: threshold is 0"
+    return f"activations of at least {threshold:g} are multiplied in float"
 
 
 def bfloat16_reason(least: int, most: int, m: int | None) -> str:
