@@ -1,7 +1,7 @@
 """CUDA tensors without a GPU: a build of the extension with emulated kernels, and torch's exchange API rewritten so that
 CPU tensors look to it as if they lay on a GPU.
 
-`extension()` builds once per source state into build/emulated-extension. `FakeCuda` is the table that such a module
+`extension()` builds once per source state into build/emulated-extension, with BNBQ_SANITIZE_EMULATOR with sanitizers. `FakeCuda` is the table that such a module
 finds where it looks for torch's own: every tensor is on cuda:0 unless `place` has said otherwise, allocations are
 counted and can be made to fail, and the streams that were asked for are kept.
 """
@@ -41,7 +41,8 @@ from emulated_cuda import COMPILER, ROOT, why_not
 
 __all__ = ["FakeCuda", "extension", "load", "why_not"]
 
-FOLDER = ROOT / "build" / "emulated-extension"
+SANITIZE = os.environ.get("BNBQ_SANITIZE_EMULATOR", "")
+FOLDER = ROOT / "build" / ("emulated-extension" + ("-sanitized" if SANITIZE else ""))
 CPU, CUDA = 1, 2
 
 
@@ -49,7 +50,7 @@ CPU, CUDA = 1, 2
 def extension() -> Path:
     """The extension with emulated kernels; two processes do not build it at once."""
     sources = sorted(p for folder in ("csrc", "cuda", "tests/cuda") for p in (ROOT / folder).rglob("*.[ch]*"))
-    state = hashlib.sha256(COMPILER.encode())
+    state = hashlib.sha256(f"{COMPILER} {SANITIZE}".encode())
     for path in [ROOT / "setup.py", *sources]:
         state.update(path.read_bytes())
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,8 @@ def extension() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not stamp.exists() or stamp.read_text() != state.hexdigest():
             command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", FOLDER / "objects", "--build-lib", lib]
-            subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "BNBQ_CUDA": "emulate", "CXX": COMPILER})
+            settings = {"BNBQ_CUDA": "emulate", "CXX": COMPILER, "BNBQ_SANITIZE": SANITIZE, "LD_PRELOAD": ""}
+            subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **settings})
             stamp.write_text(state.hexdigest())
     return next((lib / "bnbq").glob("_bnbq*.so"))
 

@@ -407,6 +407,26 @@ def test_gradients_in_another_dtype_keep_their_range(python_layer, compute, boun
     close(gx, wanted, bound)
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_compiled_models_see_one_operator(python_layer, monkeypatch, many):
+    """Whether a product goes on to cuBLAS is decided when it runs, not when it is traced."""
+    monkeypatch.setattr(ops_library, "DENSE_ROWS", 1 if many else 1024)
+    layer, x, seen = nn.Linear4bit(K, N), torch.from_numpy(activations(M, K)), []
+
+    def backend(graph, example):
+        seen.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    torch._dynamo.reset()
+    y = torch.compile(layer, backend=backend, fullgraph=True)(x)
+    assert seen == [[torch.ops.bnbq.linear4bit_autograd]]  # its bias is trained
+    close(y.detach(), (x @ layer.dequantize().T + layer.bias).detach(), 1e-5)
+    arguments = (x, layer.qweight, layer.absmax, None, None, layer.bias.detach(), N, "nf4", 64, None, None)
+    torch.library.opcheck(torch.ops.bnbq.linear4bit.default, arguments)
+    gy = torch.from_numpy(activations(M, N))
+    torch.library.opcheck(torch.ops.bnbq.linear4bit_backward.default, (gy, *arguments[1:5], K, "nf4", 64, None))
+
+
 def test_a_failed_launch_in_the_python_layer(python_layer):
     layer, x = nn.Linear4bit(K, N), torch.zeros(M, K)
     python_layer.emulator.fail_next_launch(b"device lost")

@@ -2,7 +2,8 @@
 
 from typing import Any, Final, TypedDict
 
-# numpy.ndarray, torch.Tensor, or anything with __dlpack__
+# On the CPU: numpy.ndarray, torch.Tensor, or anything with __dlpack__. On a GPU: torch.Tensor; all of a call's
+# arguments lie on that GPU, and the functions that go backward take none.
 _Tensor = Any
 
 class _Row(TypedDict):
