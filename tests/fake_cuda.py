@@ -43,6 +43,7 @@ __all__ = ["FakeCuda", "extension", "load", "why_not"]
 
 SANITIZE = os.environ.get("BNBQ_SANITIZE_EMULATOR", "")
 FOLDER = ROOT / "build" / ("emulated-extension" + ("-sanitized" if SANITIZE else ""))
+OBJECTS = ROOT / "build" / "sanitized-objects" if SANITIZE else FOLDER / "objects"  # check.py has built most of them
 CPU, CUDA = 1, 2
 
 
@@ -58,7 +59,7 @@ def extension() -> Path:
     with open(FOLDER / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not stamp.exists() or stamp.read_text() != state.hexdigest():
-            command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", FOLDER / "objects", "--build-lib", lib]
+            command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", OBJECTS, "--build-lib", lib]
             settings = {"BNBQ_CUDA": "emulate", "CXX": COMPILER, "BNBQ_SANITIZE": SANITIZE, "LD_PRELOAD": ""}
             subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **settings})
             stamp.write_text(state.hexdigest())
