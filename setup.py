@@ -166,7 +166,9 @@ class BuildExt(build_ext):
         flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-pthread", "-DBNBQ_EMULATE"]
         flags += ["-Icsrc", "-Icuda", "-Itests/cuda", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
                   "-Wno-missing-field-initializers"]
-        flags += ["-g", "-O1", f"-fsanitize={sanitize}"] if sanitize else ["-O2", "-g0"]
+        # A GPU does not read 16 bytes from where they are not aligned, so neither may this.
+        alignment = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
+        flags += ["-g", "-O1", f"-fsanitize={sanitize}"] if sanitize else ["-O2", "-g0", *alignment]
         flags += ["-Werror"] if switch("BNBQ_WERROR") else []
         flags += ["-x", "c++"]
         return self.compile_one(source, flags, newest, lambda out: subprocess.check_call(
