@@ -137,6 +137,9 @@ DEVICE uint4 load_stream128(const void *global) {
 DEVICE void copy_async16(void *shared, const void *global, bool valid) {
     emulator::copy_async(shared, global, valid);
 }
+DEVICE void copy_async16_cached(void *shared, const void *global, bool valid) {
+    emulator::copy_async(shared, global, valid);
+}
 DEVICE void commit_copies() {
     emulator::commit_copies();
 }
@@ -321,6 +324,15 @@ DEVICE uint4 load_stream128(const void *global) {
 DEVICE void copy_async16(void *shared, const void *global, bool valid) {
 #if HAS_MMA
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                     (uint32_t)__cvta_generic_to_shared(shared)),
+                 "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
+#endif
+}
+/* The same by way of the L1 cache: for what other blocks of this multiprocessor will copy too. */
+DEVICE void copy_async16_cached(void *shared, const void *global, bool valid) {
+#if HAS_MMA
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                      (uint32_t)__cvta_generic_to_shared(shared)),
                  "l"(global), "r"(valid ? 16 : 0)
                  : "memory");
