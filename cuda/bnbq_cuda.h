@@ -56,6 +56,11 @@ bnbq_status bnbq_cuda_dequantize_8bit(bnbq_cuda_call *call, const bnbq_weight8 *
 bnbq_status bnbq_cuda_linear_4bit(bnbq_cuda_call *call, const bnbq_tensor *x, const bnbq_weight4 *w,
                                   const bnbq_tensor *bias, bnbq_dtype compute_dtype,
                                   const bnbq_tensor *y);
+/* Which kernel such a call takes on such a device: "mma 8x2", tokens x tiles of 16 rows per warp
+ * (q4_mma.cuh), "fma stream", "fma tile" (q4_fma.cu). NULL without CUDA. */
+const char *bnbq_cuda_explain_4bit(int64_t m, int64_t n, int64_t k, int64_t blocksize,
+                                   bnbq_dtype compute_dtype, bool batch_invariant, int capability,
+                                   int multiprocessors);
 bnbq_status bnbq_cuda_linear_8bit(bnbq_cuda_call *call, const bnbq_tensor *x, const bnbq_weight8 *w,
                                   const bnbq_tensor *bias, float threshold, const bnbq_tensor *y);
 

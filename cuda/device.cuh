@@ -125,6 +125,9 @@ DEVICE void load_matrix4(uint32_t fragment[4], const void *row) {
 DEVICE void load_matrix2(uint32_t fragment[2], const void *row) {
     emulator::load_matrix(fragment, 2, row);
 }
+DEVICE uint32_t load_read_only32(const void *global) {
+    return *emulator::aligned<const uint32_t>(global);
+}
 DEVICE uint32_t load_stream32(const void *global) {
     return *emulator::aligned<const uint32_t>(global);
 }
@@ -145,6 +148,9 @@ DEVICE void commit_copies() {
 }
 template <int PENDING> DEVICE void wait_copies() {
     emulator::wait_copies(PENDING);
+}
+template <class T> DEVICE T *opaque(T *pointer) {
+    return pointer;
 }
 DEVICE uint32_t atomic_or(uint32_t *address, uint32_t bits) {
     uint32_t old = *address;
@@ -286,6 +292,12 @@ DEVICE void load_matrix2(uint32_t fragment[2], const void *row) {
                  : "r"((uint32_t)__cvta_generic_to_shared(row))
                  : "memory");
 }
+/* A word that no kernel in flight writes and whose neighbours are read soon: it stays in L1. */
+DEVICE uint32_t load_read_only32(const void *global) {
+    uint32_t word;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(global));
+    return word;
+}
 /* Bytes that are read once and that no kernel in flight writes: weights. */
 DEVICE uint32_t load_stream32(const void *global) {
     uint32_t word;
@@ -349,6 +361,12 @@ template <int PENDING> DEVICE void wait_copies() {
 #if HAS_MMA
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
+}
+/* The pointer, without the compiler's knowledge of how it was computed: it otherwise takes a base
+ * that all lanes share apart again and adds it at each access. */
+template <class T> DEVICE T *opaque(T *pointer) {
+    asm("" : "+l"(pointer));
+    return pointer;
 }
 DEVICE uint32_t atomic_or(uint32_t *address, uint32_t bits) {
     return atomicOr(address, bits);

@@ -66,6 +66,14 @@ bnbq_status bnbq_cuda_linear_4bit(bnbq_cuda_call *call, const bnbq_tensor *x, co
     return refuse(call);
 }
 
+const char *bnbq_cuda_explain_4bit(int64_t m, int64_t n, int64_t k, int64_t blocksize,
+                                   bnbq_dtype compute_dtype, bool batch_invariant, int capability,
+                                   int multiprocessors) {
+    (void)m, (void)n, (void)k, (void)blocksize, (void)compute_dtype, (void)batch_invariant;
+    (void)capability, (void)multiprocessors;
+    return NULL;
+}
+
 bnbq_status bnbq_cuda_linear_8bit(bnbq_cuda_call *call, const bnbq_tensor *x, const bnbq_weight8 *w,
                                   const bnbq_tensor *bias, float threshold, const bnbq_tensor *y) {
     (void)x, (void)w, (void)bias, (void)threshold, (void)y;
