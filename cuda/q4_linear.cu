@@ -24,10 +24,7 @@ static q4_shape_id choose(const q4_problem &p) {
         return ceil_div(p.n, 64) * 8 >= processors * 7 ? Q4_16x2 : Q4_16x1;
     if (m <= 32)
         return Q4_32x1;
-    const int64_t row_blocks = ceil_div(p.n, 128);
-    if (row_blocks * ceil_div(m, 128) >= 2 * processors)
-        return Q4_128x2;
-    return 2 * row_blocks * ceil_div(m, 64) >= processors ? Q4_64x2 : Q4_32x1;
+    return 2 * ceil_div(p.n, 128) * ceil_div(m, 64) >= processors ? Q4_64x2 : Q4_32x1;
 }
 
 static int log2_of(int64_t power) {
@@ -87,7 +84,6 @@ const char *bnbq_cuda_explain_4bit(int64_t m, int64_t n, int64_t k, int64_t bloc
     case Q4_16x2: return "mma 16x2";
     case Q4_32x1: return "mma 32x1";
     case Q4_64x2: return "mma 64x2";
-    case Q4_128x2: return "mma 128x2";
     case Q4_HALVES_16x1: return "mma 16x1, blocks of 32";
     case Q4_HALVES_64x1: return "mma 64x1, blocks of 32";
     default: return m > 8 && !batch_invariant ? "fma tile" : "fma stream";

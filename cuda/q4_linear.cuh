@@ -40,7 +40,6 @@ enum q4_shape_id {
     Q4_16x2,
     Q4_32x1,
     Q4_64x2,
-    Q4_128x2,
     Q4_HALVES_16x1,
     Q4_HALVES_64x1,
 };

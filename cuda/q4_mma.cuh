@@ -26,7 +26,6 @@
  *    16      32 or 64     2 x 4
  *    32      64           4 x 2
  *    64      128          4 x 1
- *   128      128          4 x 1
  * The order of additions follows from the number of tokens in a tile alone, and a token's sums
  * never meet another's.
  *
@@ -94,14 +93,13 @@ template <int TOKENS_, int TILES_, bool HALVES, bool DOUBLE> struct q4_shape {
         /* Steps of W in registers: 48 of them for few tokens, where nothing else hides the latency
          * of memory. For many, a step takes longer than a load. */
         STEP_REGISTERS = TILES * (4 + 2 * (HALVES ? 2 : 1) * (DOUBLE ? 2 : 1)),
-        DEPTH = TOKENS <= 16   ? 48 / STEP_REGISTERS
+        DEPTH = TOKENS == 8    ? 48 / STEP_REGISTERS
+                : TOKENS == 16 ? 36 / STEP_REGISTERS
                 : TOKENS == 32 ? 4
                                : 1,
         HALVES_AT_ONCE = TOKENS < 64 ? 1 : 2, /* of a step, decoded to registers */
         COPIES = TOKENS * 8 / GROUP,          /* of 16 bytes, per thread and step */
-        MIN_BLOCKS =
-            TOKENS == 64 && TILES == 1 ? 3 : 2, /* per multiprocessor, by their registers */
-        LD = ROWS + 4,                          /* of the sums at the end: no bank conflicts */
+        LD = ROWS + 4,                        /* of the sums at the end: no bank conflicts */
         SUMS = K_WARPS * TOKENS * LD * 4,
     };
     static constexpr size_t LOOP = TABLE + (DOUBLE ? sizeof(q4_map) : 0);
@@ -122,8 +120,7 @@ DEVICE uint32_t decode_pair(const char *table, uint32_t lane4, uint32_t word, in
 
 /* HALVES: blocks of 32. */
 template <bnbq_dtype TYPE, int TOKENS, int TILES, bool HALVES, bool DOUBLE>
-__global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THREADS),
-                                  (q4_shape<TOKENS, TILES, HALVES, DOUBLE>::MIN_BLOCKS))
+__global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THREADS), 2)
     q4_mma_kernel(const __grid_constant__ q4_operands op,
                   const __grid_constant__ q4_codebook16 codebook,
                   const __grid_constant__ q4_scales<DOUBLE> scales) {
@@ -357,7 +354,6 @@ bnbq_status q4_mma(bnbq_cuda_call *call, const q4_operands *op, const bnbq_forma
     case Q4_16x2: return q4_launch_shape<TYPE, 16, 2>(call, op, format);
     case Q4_32x1: return q4_launch_shape<TYPE, 32, 1>(call, op, format);
     case Q4_64x2: return q4_launch_shape<TYPE, 64, 2>(call, op, format);
-    case Q4_128x2: return q4_launch_shape<TYPE, 128, 2>(call, op, format);
     case Q4_HALVES_16x1: return q4_launch_shape<TYPE, 16, 1, true>(call, op, format);
     default: return q4_launch_shape<TYPE, 64, 1, true>(call, op, format);
     }
