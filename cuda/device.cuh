@@ -152,6 +152,9 @@ template <int PENDING> DEVICE void wait_copies() {
 template <class T> DEVICE T *opaque(T *pointer) {
     return pointer;
 }
+DEVICE uint32_t opaque(uint32_t value) {
+    return value;
+}
 DEVICE uint32_t atomic_or(uint32_t *address, uint32_t bits) {
     uint32_t old = *address;
     *address = old | bits;
@@ -362,11 +365,15 @@ template <int PENDING> DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
 }
-/* The pointer, without the compiler's knowledge of how it was computed: it otherwise takes a base
- * that all lanes share apart again and adds it at each access. */
+/* The value, without the compiler's knowledge of how it was computed: it otherwise computes it again
+ * at each use, or takes it apart and adds the part that all lanes share at each access. */
 template <class T> DEVICE T *opaque(T *pointer) {
     asm("" : "+l"(pointer));
     return pointer;
+}
+DEVICE uint32_t opaque(uint32_t value) {
+    asm("" : "+r"(value));
+    return value;
 }
 DEVICE uint32_t atomic_or(uint32_t *address, uint32_t bits) {
     return atomicOr(address, bits);

@@ -80,28 +80,26 @@ DEVICE float decode_scale(raw_scale<true> scale, const float *map, float offset)
     return add_rn(mul_rn(map[scale.code], scale.absmax2), offset);
 }
 
-template <int TOKENS_, int TILES_, bool HALVES, bool DOUBLE> struct q4_shape {
-    enum {
-        TOKENS = TOKENS_,
-        TILES = TILES_,
-        ROW_WARPS = TOKENS < 64 ? TOKENS / 8 : 4,
-        K_WARPS = TOKENS < 64 ? 8 / ROW_WARPS : 1,
-        GROUP = ROW_WARPS * WARP, /* threads that share steps of x */
-        THREADS = GROUP * K_WARPS,
-        ROWS = 16 * TILES * ROW_WARPS,
-        STAGES = 256 / (TOKENS * K_WARPS), /* of the ring of x: all gaps */
-        /* Steps of W in registers: 48 of them for few tokens, where nothing else hides the latency
-         * of memory. For many, a step takes longer than a load. */
-        STEP_REGISTERS = TILES * (4 + 2 * (HALVES ? 2 : 1) * (DOUBLE ? 2 : 1)),
-        DEPTH = TOKENS == 8    ? 48 / STEP_REGISTERS
-                : TOKENS == 16 ? 36 / STEP_REGISTERS
-                : TOKENS == 32 ? 4
-                               : 1,
-        HALVES_AT_ONCE = TOKENS < 64 ? 1 : 2, /* of a step, decoded to registers */
-        COPIES = TOKENS * 8 / GROUP,          /* of 16 bytes, per thread and step */
-        LD = ROWS + 4,                        /* of the sums at the end: no bank conflicts */
-        SUMS = K_WARPS * TOKENS * LD * 4,
-    };
+template <int TOKENS, int TILES, bool HALVES, bool DOUBLE> struct q4_shape {
+    static constexpr int ROW_WARPS = TOKENS < 64 ? TOKENS / 8 : 4;
+    static constexpr int K_WARPS = TOKENS < 64 ? 8 / ROW_WARPS : 1;
+    static constexpr int GROUP = ROW_WARPS * WARP; /* threads that share steps of x */
+    static constexpr int THREADS = GROUP * K_WARPS;
+    static constexpr int ROWS = 16 * TILES * ROW_WARPS;
+    /* Steps of W in registers. Of few tokens nothing else hides the latency of memory, and 48
+     * registers are left for it, or 36; of many, a step takes longer than a load. */
+    static constexpr int STEP_REGISTERS = TILES * (4 + 2 * (HALVES ? 2 : 1) * (DOUBLE ? 2 : 1));
+    static constexpr int DEPTH = TOKENS == 8    ? 48 / STEP_REGISTERS
+                                 : TOKENS == 16 ? 36 / STEP_REGISTERS
+                                 : TOKENS == 32 ? 4
+                                                : 1;
+    static constexpr int HALVES_AT_ONCE = TOKENS < 64 ? 1 : 2; /* of a step, decoded */
+    /* The ring of x takes all gaps. */
+    static constexpr int STAGE = K_WARPS * TOKENS * ENTRY; /* bytes */
+    static constexpr int STAGES = TABLE / STAGE;
+    static constexpr int COPIES = TOKENS * 8 / GROUP; /* of 16 bytes, per thread and step */
+    static constexpr int LD = ROWS + 4; /* of the sums at the end: no bank conflicts */
+    static constexpr size_t SUMS = K_WARPS * TOKENS * LD * sizeof(float);
     static constexpr size_t LOOP = TABLE + (DOUBLE ? sizeof(q4_map) : 0);
     static constexpr size_t SHARED = LOOP > SUMS ? LOOP : SUMS;
 };
@@ -141,6 +139,9 @@ __global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THRE
         return (uint32_t)(step < last ? step : last);
     };
 
+    const int rows_left = (int)(op.n - row0 < S::ROWS ? op.n - row0 : S::ROWS);
+    const int tokens_left = (int)(op.m - token0 < TOKENS ? op.m - token0 : TOKENS);
+
     /* W: this lane's rows; those behind the last one read the last one and are not stored. */
     const uint8_t *codes[TILES][2];
     uint32_t first_block[TILES][2];
@@ -150,10 +151,10 @@ __global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THRE
     for (int r = 0; r < TILES; r++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            int64_t row = row0 + (row_warp * TILES + r) * 16 + i * 8 + g;
-            row = row < op.n ? row : op.n - 1;
+            const int at = (row_warp * TILES + r) * 16 + i * 8 + g;
+            const int64_t row = row0 + (at < rows_left ? at : rows_left - 1);
             codes[r][i] = opaque(op.qweight + row * (op.k / 2) + t * (HALVES ? 4 : 8));
-            first_block[r][i] = (uint32_t)(row * (op.k >> op.blocksize_log2));
+            first_block[r][i] = opaque((uint32_t)(row * (op.k >> op.blocksize_log2)));
         }
     auto load_weights = [&](int slot, int round) {
         if (round >= rounds)
@@ -188,28 +189,30 @@ __global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THRE
     const int member = (int)threadIdx.x % S::GROUP, chunk = member % 8;
     const int place = HALVES ? chunk % 4 * 2 + chunk / 4 : chunk;
     const uint16_t *from[S::COPIES];
-    bool valid[S::COPIES];
+    uint32_t to[S::COPIES];
 #pragma unroll
     for (int i = 0; i < S::COPIES; i++) {
-        const int64_t token = token0 + member / 8 + i * (S::GROUP / 8);
-        valid[i] = token < op.m;
-        from[i] =
-            opaque((const uint16_t *)op.x.data + (valid[i] ? token : 0) * op.x.ld + chunk * 8);
+        const int token = member / 8 + i * (S::GROUP / 8);
+        from[i] = opaque((const uint16_t *)op.x.data +
+                         (token0 + (token < tokens_left ? token : 0)) * op.x.ld + chunk * 8);
+        to[i] =
+            opaque((uint32_t)((k_warp * TOKENS + token) * ENTRY + GAP + (place ^ token % 8) * 16));
     }
+    /* Where this lane reads its share of token g, both halves of a step. */
+    const char *const tokens = memory + (k_warp * TOKENS + g) * ENTRY + GAP;
+    const uint32_t low = opaque((uint32_t)((2 * t ^ g) * 16)),
+                   high = opaque((uint32_t)(((2 * t + 1) ^ g) * 16));
     auto copy_x = [&](int round) {
         if (round < rounds) {
             const uint32_t step = step_of(round);
-            const int slot0 = (round % S::STAGES * S::K_WARPS + k_warp) * TOKENS;
             const bool exists = round * S::K_WARPS + k_warp < steps;
             const bool whole = !HALVES || (int64_t)step * STEP + chunk * 8 < op.k;
 #pragma unroll
-            for (int i = 0; i < S::COPIES; i++) {
-                const int token = member / 8 + i * (S::GROUP / 8);
+            for (int i = 0; i < S::COPIES; i++)
                 copy_async16_cached(
-                    memory + (slot0 + token) * ENTRY + GAP + (place ^ token % 8) * 16,
+                    memory + round % S::STAGES * S::STAGE + to[i],
                     whole ? from[i] + (uint64_t)step * STEP : (const uint16_t *)op.x.data,
-                    valid[i] && exists && whole);
-            }
+                    exists && whole && member / 8 + i * (S::GROUP / 8) < tokens_left);
         }
         commit_copies(); /* of any number: groups are counted */
     };
@@ -248,9 +251,7 @@ __global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THRE
 
             float scale[TILES][2][HALVES ? 2 : 1];
             float part[TILES][TOKENS / 8][4];
-            const char *tokens = memory + GAP +
-                                 (round % S::STAGES * S::K_WARPS + k_warp) * (TOKENS * ENTRY) +
-                                 g * ENTRY;
+            const char *ring = tokens + round % S::STAGES * S::STAGE;
 #pragma unroll
             for (int h0 = 0; h0 < 2; h0 += S::HALVES_AT_ONCE) {
                 uint32_t a[TILES][S::HALVES_AT_ONCE * 2][4];
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THRE
 #pragma unroll
                     for (int h = h0; h < h0 + S::HALVES_AT_ONCE; h++) {
                         const uint4 b =
-                            *(const uint4 *)(tokens + tile * 8 * ENTRY + ((2 * t + h) ^ g) * 16);
+                            *(const uint4 *)(ring + tile * 8 * ENTRY + (h ? high : low));
                         const uint32_t b0[2] = {b.x, b.y}, b1[2] = {b.z, b.w};
 #pragma unroll
                         for (int r = 0; r < TILES; r++) {
