@@ -87,10 +87,10 @@ template <int TOKENS, int TILES, bool HALVES, bool DOUBLE> struct q4_shape {
     static constexpr int THREADS = GROUP * K_WARPS;
     static constexpr int ROWS = 16 * TILES * ROW_WARPS;
     /* Steps of W in registers. Of few tokens nothing else hides the latency of memory, and 48
-     * registers are left for it, or 36; of many, a step takes longer than a load. */
+     * registers are left for it, or 32; of many, a step takes longer than a load. */
     static constexpr int STEP_REGISTERS = TILES * (4 + 2 * (HALVES ? 2 : 1) * (DOUBLE ? 2 : 1));
     static constexpr int DEPTH = TOKENS == 8    ? 48 / STEP_REGISTERS
-                                 : TOKENS == 16 ? 36 / STEP_REGISTERS
+                                 : TOKENS == 16 ? 32 / STEP_REGISTERS
                                  : TOKENS == 32 ? 4
                                                 : 1;
     static constexpr int HALVES_AT_ONCE = TOKENS < 64 ? 1 : 2; /* of a step, decoded */
@@ -98,6 +98,8 @@ template <int TOKENS, int TILES, bool HALVES, bool DOUBLE> struct q4_shape {
     static constexpr int STAGE = K_WARPS * TOKENS * ENTRY; /* bytes */
     static constexpr int STAGES = TABLE / STAGE;
     static constexpr int COPIES = TOKENS * 8 / GROUP; /* of 16 bytes, per thread and step */
+    /* Per multiprocessor. */
+    static constexpr int MIN_BLOCKS = TOKENS == 64 && !HALVES && !DOUBLE ? 3 : 2;
     static constexpr int LD = ROWS + 4; /* of the sums at the end: no bank conflicts */
     static constexpr size_t SUMS = K_WARPS * TOKENS * LD * sizeof(float);
     static constexpr size_t LOOP = TABLE + (DOUBLE ? sizeof(q4_map) : 0);
@@ -118,7 +120,8 @@ DEVICE uint32_t decode_pair(const char *table, uint32_t lane4, uint32_t word, in
 
 /* HALVES: blocks of 32. */
 template <bnbq_dtype TYPE, int TOKENS, int TILES, bool HALVES, bool DOUBLE>
-__global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THREADS), 2)
+__global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THREADS),
+                                  (q4_shape<TOKENS, TILES, HALVES, DOUBLE>::MIN_BLOCKS))
     q4_mma_kernel(const __grid_constant__ q4_operands op,
                   const __grid_constant__ q4_codebook16 codebook,
                   const __grid_constant__ q4_scales<DOUBLE> scales) {
@@ -188,20 +191,19 @@ __global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THRE
      * read together then lies in different banks. */
     const int member = (int)threadIdx.x % S::GROUP, chunk = member % 8;
     const int place = HALVES ? chunk % 4 * 2 + chunk / 4 : chunk;
+    const int apart = S::GROUP / 8; /* tokens between two of a thread's: 4 or 8n */
     const uint16_t *from[S::COPIES];
-    uint32_t to[S::COPIES];
 #pragma unroll
     for (int i = 0; i < S::COPIES; i++) {
-        const int token = member / 8 + i * (S::GROUP / 8);
+        const int token = member / 8 + i * apart;
         from[i] = opaque((const uint16_t *)op.x.data +
                          (token0 + (token < tokens_left ? token : 0)) * op.x.ld + chunk * 8);
-        to[i] =
-            opaque((uint32_t)((k_warp * TOKENS + token) * ENTRY + GAP + (place ^ token % 8) * 16));
     }
+    const uint32_t to = opaque(
+        (uint32_t)((k_warp * TOKENS + member / 8) * ENTRY + GAP + (place ^ member / 8 % 8) * 16));
     /* Where this lane reads its share of token g, both halves of a step. */
-    const char *const tokens = memory + (k_warp * TOKENS + g) * ENTRY + GAP;
-    const uint32_t low = opaque((uint32_t)((2 * t ^ g) * 16)),
-                   high = opaque((uint32_t)(((2 * t + 1) ^ g) * 16));
+    const uint32_t tokens =
+        opaque((uint32_t)((k_warp * TOKENS + g) * ENTRY + GAP + (2 * t ^ g) * 16));
     auto copy_x = [&](int round) {
         if (round < rounds) {
             const uint32_t step = step_of(round);
@@ -209,10 +211,11 @@ __global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THRE
             const bool whole = !HALVES || (int64_t)step * STEP + chunk * 8 < op.k;
 #pragma unroll
             for (int i = 0; i < S::COPIES; i++)
-                copy_async16_cached(
-                    memory + round % S::STAGES * S::STAGE + to[i],
-                    whole ? from[i] + (uint64_t)step * STEP : (const uint16_t *)op.x.data,
-                    exists && whole && member / 8 + i * (S::GROUP / 8) < tokens_left);
+                copy_async16_cached(memory + round % S::STAGES * S::STAGE + i * apart * ENTRY +
+                                        (to ^ (uint32_t)(i * apart % 8 * 16)),
+                                    whole ? from[i] + (uint64_t)step * STEP
+                                          : (const uint16_t *)op.x.data,
+                                    exists && whole && member / 8 + i * apart < tokens_left);
         }
         commit_copies(); /* of any number: groups are counted */
     };
@@ -251,7 +254,7 @@ __global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THRE
 
             float scale[TILES][2][HALVES ? 2 : 1];
             float part[TILES][TOKENS / 8][4];
-            const char *ring = tokens + round % S::STAGES * S::STAGE;
+            const char *ring = memory + round % S::STAGES * S::STAGE;
 #pragma unroll
             for (int h0 = 0; h0 < 2; h0 += S::HALVES_AT_ONCE) {
                 uint32_t a[TILES][S::HALVES_AT_ONCE * 2][4];
@@ -276,7 +279,7 @@ __global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THRE
 #pragma unroll
                     for (int h = h0; h < h0 + S::HALVES_AT_ONCE; h++) {
                         const uint4 b =
-                            *(const uint4 *)(ring + tile * 8 * ENTRY + (h ? high : low));
+                            *(const uint4 *)(ring + tile * 8 * ENTRY + (tokens ^ (uint32_t)h * 16));
                         const uint32_t b0[2] = {b.x, b.y}, b1[2] = {b.z, b.w};
 #pragma unroll
                         for (int r = 0; r < TILES; r++) {
