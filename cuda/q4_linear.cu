@@ -1,12 +1,21 @@
 /* q4_linear.cu - the front of bnbq_cuda_linear_4bit: which kernel takes which problem. */
 #include "q4_linear.cuh"
 
+#include <stdlib.h>
+
 struct q4_problem {
     int64_t m, n, k, blocksize;
     bnbq_dtype compute_dtype;
     bool batch_invariant;
     int capability, multiprocessors;
 };
+
+/* BNBQ_CUDA_WGMMA=1: off until somebody has seen it right on a GPU, since the emulator's idea of
+ * warpgroup products comes from the same reading of the manual as the kernel. */
+static bool wgmma_is_on() {
+    const char *value = getenv("BNBQ_CUDA_WGMMA");
+    return value && value[0] == '1';
+}
 
 /* The bounds are predictions, not measurements: how many blocks keep the multiprocessors busy. */
 static q4_shape_id choose(const q4_problem &p) {
@@ -16,6 +25,9 @@ static q4_shape_id choose(const q4_problem &p) {
         return Q4_FMA;
     /* One order of additions for every m: one number of tokens for every m. */
     const int64_t m = p.batch_invariant ? 16 : p.m;
+    if (m > 32 && p.capability == 90 && wgmma_is_on() && p.k < INT32_MAX - 1024 &&
+        m < INT32_MAX - 128 && p.n < INT32_MAX - 128)
+        return Q4_WGMMA;
     if (p.blocksize == 32)
         return m <= 16 ? Q4_HALVES_16x1 : Q4_HALVES_64x1;
     if (m <= 8)
@@ -67,7 +79,8 @@ bnbq_status bnbq_cuda_linear_4bit(bnbq_cuda_call *call, const bnbq_tensor *x, co
                                 facts.capability,
                                 facts.multiprocessors};
     q4_shape_id shape = (uintptr_t)w->qweight % 8 == 0 ? choose(problem) : Q4_FMA;
-    TRY(shape == Q4_FMA              ? q4_fma(call, &op, w->format, call->batch_invariant)
+    TRY(shape == Q4_WGMMA            ? q4_wgmma(call, &op, w->format)
+        : shape == Q4_FMA            ? q4_fma(call, &op, w->format, call->batch_invariant)
         : compute_dtype == BNBQ_BF16 ? q4_mma_bf16(call, &op, w->format, shape)
                                      : q4_mma_f16(call, &op, w->format, shape));
     return close_result(call, &op.y, y);
@@ -85,6 +98,7 @@ const char *bnbq_cuda_explain_4bit(int64_t m, int64_t n, int64_t k, int64_t bloc
     case Q4_32x1: return "mma 32x1";
     case Q4_64x2: return "mma 64x2";
     case Q4_HALVES_16x1: return "mma 16x1, blocks of 32";
+    case Q4_WGMMA: return "wgmma";
     case Q4_HALVES_64x1: return "mma 64x1, blocks of 32";
     default: return m > 8 && !batch_invariant ? "fma tile" : "fma stream";
     }

@@ -1,9 +1,11 @@
 /* q4_linear.cuh - what the parts of bnbq_cuda_linear_4bit share.
  *
- *   q4_linear.cu    the front: tensors, and which kernel for which problem
- *   q4_mma.cuh      16-bit activations on tensor cores, whole blocks in each row (bf16, f16: one
- * .cu file each) q4_fma.cu       everything else: fp32, blocks that cross rows, rows that start in
- * the middle of a byte, processors before 8.0
+ *   q4_linear.cu  the front: tensors, and which kernel for which problem
+ *   q4_mma.cuh    16-bit activations on tensor cores, whole blocks in each row; one .cu file for
+ *                 bf16 and one for fp16
+ *   q4_wgmma.cu   the same for many rows with the warpgroup products of 9.0
+ *   q4_fma.cu     everything else: fp32, blocks that cross rows, rows that start in the middle of a
+ *                 byte, processors before 8.0
  */
 #ifndef BNBQ_Q4_LINEAR_CUH
 #define BNBQ_Q4_LINEAR_CUH
@@ -42,12 +44,15 @@ enum q4_shape_id {
     Q4_64x2,
     Q4_HALVES_16x1,
     Q4_HALVES_64x1,
+    Q4_WGMMA,
 };
 
 bnbq_status q4_mma_bf16(bnbq_cuda_call *call, const q4_operands *op, const bnbq_format *format,
                         q4_shape_id shape);
 bnbq_status q4_mma_f16(bnbq_cuda_call *call, const q4_operands *op, const bnbq_format *format,
                        q4_shape_id shape);
+/* The dtype of op->x. */
+bnbq_status q4_wgmma(bnbq_cuda_call *call, const q4_operands *op, const bnbq_format *format);
 /* batch_invariant: the same order of additions for every m. */
 bnbq_status q4_fma(bnbq_cuda_call *call, const q4_operands *op, const bnbq_format *format,
                    bool batch_invariant);
@@ -68,6 +73,39 @@ static inline q4_map q4_dynamic_map() {
     for (int i = 0; i < 256; i++)
         map.values[i] = bnbq_dynamic_map[i];
     return map;
+}
+
+template <bool DOUBLE> struct q4_scales;
+template <> struct q4_scales<false> {};
+template <> struct q4_scales<true> { q4_map map; };
+
+/* A scale as it was loaded. */
+template <bool DOUBLE> struct raw_scale;
+template <> struct raw_scale<false> { float value; };
+template <> struct raw_scale<true> {
+    uint32_t code;
+    float absmax2;
+};
+
+DEVICE void load_scale(const bnbq_absmax &absmax, uint32_t block, raw_scale<false> *scale) {
+    scale->value = absmax.absmax[block];
+}
+DEVICE void load_scale(const bnbq_absmax &absmax, uint32_t block, raw_scale<true> *scale) {
+    scale->code = absmax.codes[block];
+    scale->absmax2 = absmax.absmax2[block / BNBQ_ABSMAX_BLOCK];
+}
+DEVICE float decode_scale(raw_scale<false> scale, const float *, float) {
+    return scale.value;
+}
+DEVICE float decode_scale(raw_scale<true> scale, const float *map, float offset) {
+    return add_rn(mul_rn(map[scale.code], scale.absmax2), offset);
+}
+
+template <bool DOUBLE> q4_scales<DOUBLE> q4_get_scales() {
+    q4_scales<DOUBLE> scales;
+    if constexpr (DOUBLE)
+        scales.map = q4_dynamic_map();
+    return scales;
 }
 
 /* The result of one element of y: its sum gets the bias and goes to its place. */

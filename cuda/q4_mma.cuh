@@ -30,8 +30,7 @@
  * never meet another's.
  *
  * Rejected: W through cp.async (twice the traffic of shared memory for the same bytes), k split
- * over blocks (needs a second launch; clusters would serve n <= 2048 on 9.0 and are not written),
- * wgmma (wants x in its own order of k, so a repacked weight).
+ * over blocks (needs a second launch; clusters would serve n <= 2048 on 9.0 and are not written).
  */
 #ifndef BNBQ_Q4_MMA_CUH
 #define BNBQ_Q4_MMA_CUH
@@ -53,32 +52,6 @@ enum {
 struct q4_codebook16 {
     uint16_t values[16];
 };
-
-template <bool DOUBLE> struct q4_scales;
-template <> struct q4_scales<false> {};
-template <> struct q4_scales<true> { q4_map map; };
-
-/* A scale as it was loaded. */
-template <bool DOUBLE> struct raw_scale;
-template <> struct raw_scale<false> { float value; };
-template <> struct raw_scale<true> {
-    uint32_t code;
-    float absmax2;
-};
-
-DEVICE void load_scale(const bnbq_absmax &absmax, uint32_t block, raw_scale<false> *scale) {
-    scale->value = absmax.absmax[block];
-}
-DEVICE void load_scale(const bnbq_absmax &absmax, uint32_t block, raw_scale<true> *scale) {
-    scale->code = absmax.codes[block];
-    scale->absmax2 = absmax.absmax2[block / BNBQ_ABSMAX_BLOCK];
-}
-DEVICE float decode_scale(raw_scale<false> scale, const float *, float) {
-    return scale.value;
-}
-DEVICE float decode_scale(raw_scale<true> scale, const float *map, float offset) {
-    return add_rn(mul_rn(map[scale.code], scale.absmax2), offset);
-}
 
 template <int TOKENS, int TILES, bool HALVES, bool DOUBLE> struct q4_shape {
     static constexpr int ROW_WARPS = TOKENS < 64 ? TOKENS / 8 : 4;
@@ -334,11 +307,9 @@ bnbq_status q4_launch_mma(bnbq_cuda_call *call, const q4_operands *op, const bnb
     for (int i = 0; i < 16; i++)
         codebook.values[i] = TYPE == BNBQ_BF16 ? bnbq_f32_to_bf16(format->codebook[i])
                                                : bnbq_f32_to_f16(format->codebook[i]);
-    q4_scales<DOUBLE> scales;
-    if constexpr (DOUBLE)
-        scales.map = q4_dynamic_map();
     return launch<q4_mma_kernel<TYPE, TOKENS, TILES, HALVES, DOUBLE>>(
-        call, q4_grid(op, S::ROWS, TOKENS), S::THREADS, S::SHARED, *op, codebook, scales);
+        call, q4_grid(op, S::ROWS, TOKENS), S::THREADS, S::SHARED, *op, codebook,
+        q4_get_scales<DOUBLE>());
 }
 
 template <bnbq_dtype TYPE, int TOKENS, int TILES, bool HALVES = false>
