@@ -365,8 +365,8 @@ template <int PENDING> DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
 }
-/* The value, without the compiler's knowledge of how it was computed: it otherwise computes it again
- * at each use, or takes it apart and adds the part that all lanes share at each access. */
+/* The value, without the compiler's knowledge of how it was computed: it otherwise computes it
+ * again at each use, or takes it apart and adds the part that all lanes share at each access. */
 template <class T> DEVICE T *opaque(T *pointer) {
     asm("" : "+l"(pointer));
     return pointer;

@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(THREADS)
             const float scale = scale_of(op, at, at_word * WORD >> op.blocksize_log2);
 #pragma unroll
             for (int e = 0; e < WORD; e++) {
-                const bool inside = column + e >= 0 && column + e < op.k;
-                const float w = inside ? mul_rn(value_of(at, word, e), scale) : 0.0f;
+                /* Of another row where x is zero. */
+                const float w = mul_rn(value_of(at, word, e), scale);
 #pragma unroll
                 for (int m = 0; m < TOKENS; m++)
                     if (token0 + m < op.m)

@@ -1,6 +1,6 @@
 /* q4_mma.cuh - y = x . W^T on tensor cores for packed 4-bit weights as they lie: 16-bit x, any m.
  *
- * One kernel for few and many rows of x ("tokens" here). mma.m16n8k16 with rows of W as its A
+ * One kernel for few and many rows of x ("tokens" here): mma.m16n8k16 with rows of W as its A
  * operand and tokens as columns of B. The order of k inside a step of 64 is free as long as both
  * operands agree on it, so a lane loads 8 neighbouring bytes of row g (and g + 8) straight into
  * registers, 16 weights that are its share of four mma, and x comes from shared memory in that
@@ -14,23 +14,30 @@
  *
  * Scales multiply the sums of a step in fp32, so what is rounded to 16 bits is the codebook, not
  * the weight: more exact than rounding each product of scale and value, no overflow or underflow of
- * fp16 whatever the absmax, and one FFMA per mma and lane instead of unpacking, two FMUL and a CVT
+ * fp16 whatever the absmax, and an FFMA per mma and lane instead of unpacking, two FMUL and a CVT
  * per byte. That holds for many tokens as well, where the scaling of weights would be shared by
- * more mma: wider table entries would make shared memory the bound (counted per mma at 64 tokens:
- * 0.5 wavefronts for the table and 1 for x now, and mma.sync leaves room for 1.6; an fp32 table
- * takes 1 and 1).
+ * more mma: wider entries would make shared memory the bound (wavefronts per mma with 64 tokens,
+ * counted: 0.5 for the table and 1 for x now; an fp32 table takes 1 and 1; predicted room: 1.6).
  *
- * A block has ROW_WARPS groups of rows, and K_WARPS warps that take turns at the steps of k; their
- * sums are added in a fixed order at the end. Tokens   rows of W    warps: rows x k
- *     8      16 or 32     1 x 8
- *    16      32 or 64     2 x 4
- *    32      64           4 x 2
- *    64      128          4 x 1
- * The order of additions follows from the number of tokens in a tile alone, and a token's sums
- * never meet another's.
+ * A block has groups of rows, and warps that take turns at the steps of k; their sums are added in
+ * a fixed order at the end. The order of additions follows from the number of tokens in a tile
+ * alone, and a token's sums never meet another's. Counted on sm_90a, main loop, for plain and
+ * double-quantised scales; KB of weights in flight with two blocks per multiprocessor:
  *
- * Rejected: W through cp.async (twice the traffic of shared memory for the same bytes), k split
- * over blocks (needs a second launch; clusters would serve n <= 2048 on 9.0 and are not written).
+ *   tokens x tiles   rows of W   warps: rows x k   instructions per weight   KB in flight
+ *        8 x 1           16           1 x 8              2.5   3.2              64   48
+ *        8 x 2           32           1 x 8              2.0   2.7              64   48
+ *       16 x 1           32           2 x 4              3.0   3.2              40   32
+ *       16 x 2           64           2 x 4              2.5   2.9              32   32
+ *       32 x 1           64           4 x 2              3.4   3.9              32   32
+ *       64 x 2          128           4 x 1              4.5   4.7 (per mma)
+ *
+ * No spills on any architecture; at most 128 registers up to 32 tokens (two blocks of 256 threads),
+ * 168 or 255 with 64 (three blocks of 128 threads, or two).
+ *
+ * Rejected: W through cp.async (more traffic of shared memory for the same bytes), 128 tokens per
+ * block (spills), the decoding of scales as a kernel of its own (an eighth more traffic). Not
+ * written: k split over blocks, which would serve n <= 2048 (needs clusters, or a second launch).
  */
 #ifndef BNBQ_Q4_MMA_CUH
 #define BNBQ_Q4_MMA_CUH
@@ -105,6 +112,8 @@ __global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THRE
     const int g = lane / 4, t = lane % 4;
     const int k_warp = warp / S::ROW_WARPS, row_warp = warp % S::ROW_WARPS;
     const int64_t row0 = (int64_t)blockIdx.x * S::ROWS, token0 = q4_tile() * TOKENS;
+    if (token0 >= op.m)
+        return;
 
     /* In each round a warp takes the step round * K_WARPS + k_warp. Behind the last step it takes
      * that one again with zeros for x, so that no warp leaves the others' way. */
@@ -289,7 +298,7 @@ __global__ void __launch_bounds__((q4_shape<TOKENS, TILES, HALVES, DOUBLE>::THRE
     sync_threads();
     for (int i = (int)threadIdx.x; i < TOKENS * S::ROWS; i += S::THREADS) {
         const int token = i / S::ROWS, row = i % S::ROWS;
-        if (token0 + token >= op.m || row0 + row >= op.n)
+        if (token >= tokens_left || row >= rows_left)
             continue;
         float sum = all[token * S::LD + row];
 #pragma unroll
