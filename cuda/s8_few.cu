@@ -158,13 +158,11 @@ __global__ void __launch_bounds__(few_shape<COLUMNS, BLOCKED, ONE>::THREADS,
 
     const int8_t *w_rows[R][2], *x_rows[C];
 #pragma unroll
-    for (int r = 0; r < 2 * R; r++) {
+    for (int r = 0; r < 2 * R; r++)
         w_rows[r / 2][r % 2] = op.w.qweight + least(row0 + 8 * r + g, op.n - 1) * op.k;
-    }
 #pragma unroll
-    for (int c = 0; c < C; c++) {
+    for (int c = 0; c < C; c++)
         x_rows[c] = ONE ? x_codes : op.q + least(8 * c + g, op.m - 1) * op.padded;
-    }
     uint32_t w[DEPTH][R][2][WORDS], x[DEPTH][C][WORDS];
     auto load = [&](int d, int step) {
         int at = (step * WARPS + warp) * STEP + 4 * WORDS * t;
@@ -201,13 +199,12 @@ __global__ void __launch_bounds__(few_shape<COLUMNS, BLOCKED, ONE>::THREADS,
     float y[C][4] = {}; /* from here on for BLOCKED */
     float x_scales[C][2], w_scales[2];
     int block = 0;
-    auto load_scales =
-        [&]() { /* of the block to come, while its columns are multiplied */
-                for (int h = 0; h < 2; h++)
-                    w_scales[h] = block < op.blocks
-                                      ? w_scale_of(op, least(row0 + 8 * h + g, op.n - 1), block)
-                                      : 0.0f;
-        };
+    /* Of the block to come, while its columns are multiplied. */
+    auto load_scales = [&]() {
+        for (int h = 0; h < 2; h++)
+            w_scales[h] =
+                block < op.blocks ? w_scale_of(op, least(row0 + 8 * h + g, op.n - 1), block) : 0.0f;
+    };
     if constexpr (BLOCKED) {
         load_scales();
 #pragma unroll

@@ -49,7 +49,7 @@ DEVICE float multiply_outliers(const s8_linear &op, int64_t token, int64_t j) {
     return sum_floats(sum);
 }
 
-__global__ void __launch_bounds__(THREADS) plain_kernel(const __grid_constant__ s8_linear op) {
+__global__ void __launch_bounds__(THREADS, 2) plain_kernel(const __grid_constant__ s8_linear op) {
     int lane = (int)threadIdx.x % WARP;
     int64_t j = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
     if (j >= op.n)

@@ -6,12 +6,16 @@
  * the A operand, as in s8_few.cu: outliers then have the same fragments, and the same bits, here.
  *
  * 4 warps of 64 x 64: 8 ldmatrix.x4 feed 32 mma. With 8 warps of 64 x 32 it would be 12 for 32, and
- * shared memory (128 bytes per clock) rather than the tensor cores the limit. Only where W has
- * scales per block are there 8 warps, as the float sums beside the int32 ones need the registers.
+ * shared memory (128 bytes per clock) rather than the tensor cores the limit. There are 8 warps
+ * where W has scales per block, as the float sums beside the int32 ones need the registers, and
+ * where a multiprocessor has no room for two blocks (all but 9.0 and 10.0).
  *
- * y goes through shared memory: a fragment holds two rows of x, of which memory would see 16 bytes
- * each. Blocks run through up to GROUP tiles of x before they go to the next rows of W, so both
- * stay in L2.
+ * Outliers come after the main loop: their sums take the registers of the int32 ones, while y waits
+ * in shared memory. Adding each chunk to y in registers was tried: it spills.
+ *
+ * y goes through shared memory anyway: a fragment holds two rows of x, of which memory would see 16
+ * bytes each. Blocks run through up to GROUP tiles of x before they go to the next rows of W, so
+ * both stay in L2.
  */
 #include "s8.cuh"
 
@@ -179,12 +183,11 @@ DEVICE void store_columns(const s8_linear &op, int64_t token, int64_t j, const f
 
 #endif
 
-template <bool BLOCKED>
-__global__ void __launch_bounds__(BLOCKED ? 256 : 128, BLOCKED ? 1 : 2)
+template <bool BLOCKED, int WARPS>
+__global__ void __launch_bounds__(WARPS *WARP, 8 / WARPS)
     tiles_kernel(const __grid_constant__ s8_linear op) {
 #if HAS_MMA
-    constexpr int WARPS = BLOCKED ? 8 : 4, THREADS = WARPS * WARP, R = 4,
-                  C = TILE / (WARPS / 2) / 8;
+    constexpr int THREADS = WARPS * WARP, R = 4, C = TILE / (WARPS / 2) / 8;
     char *shared = (char *)shared_memory();
     tile_notes *notes = (tile_notes *)(shared + WORK_BYTES);
     int thread = (int)threadIdx.x, lane = thread % WARP, g = lane / 4, t = lane % 4;
@@ -323,7 +326,12 @@ __global__ void __launch_bounds__(BLOCKED ? 256 : 128, BLOCKED ? 1 : 2)
 }
 
 bnbq_status run_s8_tiles(bnbq_cuda_call *call, const s8_linear &op) {
+    device_facts facts;
+    TRY(get_facts(call, &facts));
     dim3 grid((unsigned)(ceil_div(op.n, TILE) * ceil_div(op.m, TILE)));
-    return op.w.blocksize ? launch<tiles_kernel<true>>(call, grid, 256, SHARED, op)
-                          : launch<tiles_kernel<false>>(call, grid, 128, SHARED, op);
+    if (op.w.blocksize)
+        return launch<tiles_kernel<true, 8>>(call, grid, 8 * WARP, SHARED, op);
+    if (facts.shared_limit < 2 * SHARED)
+        return launch<tiles_kernel<false, 8>>(call, grid, 8 * WARP, SHARED, op);
+    return launch<tiles_kernel<false, 4>>(call, grid, 4 * WARP, SHARED, op);
 }

@@ -107,6 +107,14 @@ def test_product(shape, dtype, part):
     check(some_outliers(m, k, part, dtype), *layer(n, k), out=dtype)
 
 
+@pytest.mark.parametrize("part", (0, 0.06))
+def test_little_shared_memory(part):
+    """99 KB, as 8.6 has: one block of 8 warps instead of two of 4."""
+    cuda.set_device(86, shared_limit=99 * 1024)
+    for dtype in DTYPES:
+        check(some_outliers(129, 272, part, dtype), *layer(150, 272))
+
+
 @pytest.mark.parametrize("blocksize", (32, 64, 256))
 @pytest.mark.parametrize("shape", [(1, 20, 80), (3, 18, 272), (17, 40, 336), (129, 140, 304)], ids=str)
 @pytest.mark.parametrize("part", (0, 0.1))
