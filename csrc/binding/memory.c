@@ -170,9 +170,35 @@ static bool check_torch(const bnbq_call *call, const bnbq_arg *view, PyObject *o
                                              "on a GPU wanted a torch.Tensor");
 }
 
+/* object.__dlpack__() */
+static PyObject *ask_capsule(PyObject *object) {
+    PyObject *method = PyObject_GetAttrString(object, "__dlpack__"), *empty = PyTuple_New(0);
+    PyObject *keywords = Py_BuildValue("{s:(ii)}", "max_version", DLPACK_MAJOR, DLPACK_MINOR);
+    PyObject *capsule = NULL;
+    if (method != NULL && empty != NULL && keywords != NULL) {
+        capsule = PyObject_Call(method, empty, keywords);
+        if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
+            PyErr_Clear(); /* a producer from before DLPack 1.0 knows no keywords */
+            capsule = PyObject_Call(method, empty, NULL);
+        }
+    }
+    Py_XDECREF(method);
+    Py_XDECREF(empty);
+    Py_XDECREF(keywords);
+    return capsule;
+}
+
+/* The same of a torch tensor on a GPU: its __dlpack__ refuses any GPU but the current one. */
+static PyObject *export_torch(PyObject *tensor) {
+    PyObject *module = PyImport_ImportModule("torch.utils.dlpack");
+    PyObject *capsule =
+        module == NULL ? NULL : PyObject_CallMethod(module, "to_dlpack", "O", tensor);
+    Py_XDECREF(module);
+    return capsule;
+}
+
 static bool call_dlpack(bnbq_call *call, bnbq_arg *view, PyObject *object, bool is_torch) {
-    PyObject *device = NULL, *method = NULL, *empty = NULL, *keywords = NULL, *capsule = NULL;
-    bool ok = false;
+    PyObject *device, *capsule;
     DLDevice where;
 
     if (!PyObject_HasAttrString(object, "__dlpack__") || PyType_Check(object)) {
@@ -182,34 +208,15 @@ static bool call_dlpack(bnbq_call *call, bnbq_arg *view, PyObject *object, bool 
     device = PyObject_CallMethod(object, "__dlpack_device__", NULL);
     if (device == NULL ||
         !PyArg_ParseTuple(device, "ii:__dlpack_device__", &where.device_type, &where.device_id)) {
-        explain(call, view->name);
-        goto done;
+        Py_XDECREF(device);
+        return explain(call, view->name);
     }
+    Py_DECREF(device);
     if (!bnbq_check_device(call, view->name, where) ||
         (!is_torch && !check_torch(call, view, object)))
-        goto done;
-    method = PyObject_GetAttrString(object, "__dlpack__");
-    empty = PyTuple_New(0);
-    keywords = bnbq_on_cuda(call) /* -1: used on the stream where it was made */
-                   ? Py_BuildValue("{s:i}", "stream", -1)
-                   : Py_BuildValue("{s:(ii)}", "max_version", DLPACK_MAJOR, DLPACK_MINOR);
-    if (method == NULL || empty == NULL || keywords == NULL)
-        goto done;
-    capsule = PyObject_Call(method, empty, keywords);
-    if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
-        PyErr_Clear(); /* a producer from before DLPack 1.0 knows no keywords */
-        capsule = PyObject_Call(method, empty, NULL);
-    }
-    if (capsule == NULL) {
-        explain(call, view->name);
-        goto done;
-    }
-    ok = take_capsule(call, view, capsule);
-done:
-    Py_XDECREF(device);
-    Py_XDECREF(method);
-    Py_XDECREF(empty);
-    Py_XDECREF(keywords);
+        return false;
+    capsule = is_torch && bnbq_on_cuda(call) ? export_torch(object) : ask_capsule(object);
+    bool ok = capsule == NULL ? explain(call, view->name) : take_capsule(call, view, capsule);
     Py_XDECREF(capsule);
     return ok;
 }
