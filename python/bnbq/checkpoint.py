@@ -200,6 +200,7 @@ def write_model_card(directory) -> Path:
 def layer_settings(layer) -> dict:
     """What is needed to build a quantised layer again, as JSON: class, sizes, format."""
     from . import nn
+    from .side_branch import SideBranch
 
     settings = {
         "in_features": layer.in_features,
@@ -208,6 +209,9 @@ def layer_settings(layer) -> dict:
         "weight_dtype": dtype_name(layer.weight_dtype),
         "compute_dtype": dtype_name(layer.compute_dtype),
     }
+    if isinstance(layer, SideBranch):
+        branch = layer.side_branch.a
+        settings |= {"side_rank": branch.shape[0], "side_dtype": dtype_name(branch.dtype)}
     if isinstance(layer, nn.Linear4bit):
         if layer.activations is not None:
             settings["activations"] = layer.activations
@@ -224,6 +228,7 @@ def layer_settings(layer) -> dict:
 def layer_from_settings(settings: dict, where: str, device="meta"):
     """The layer that ``layer_settings`` describes, unfilled. The settings are checked: they come from a file."""
     from . import nn
+    from .side_branch import attach_empty
 
     if not isinstance(settings, dict) or settings.get("class") not in ("Linear4bit", "Linear8bitLt"):
         raise ValueError(f"{where}: {settings!r} describes no layer of bnbq")
@@ -240,6 +245,8 @@ def layer_from_settings(settings: dict, where: str, device="meta"):
     wanted |= {"quant_type": str, "double_quant": bool} if build is nn.Linear4bit else {"threshold": (int, float)}
     if build is nn.Linear4bit and "activations" in settings:
         wanted["activations"] = str
+    if "side_rank" in settings:
+        wanted |= {"side_rank": int, "side_dtype": str}
     for key, kind in wanted.items():
         if key not in settings:
             raise ValueError(f"{where}: no {key!r} in its settings")
@@ -252,11 +259,16 @@ def layer_from_settings(settings: dict, where: str, device="meta"):
             f"{where}: settings this version does not know: {', '.join(sorted(set(settings) - set(wanted)))}"
         )
     sizes = settings.pop("in_features"), settings.pop("out_features"), settings.pop("bias")
-    for key in ("weight_dtype", "compute_dtype"):
+    rank = settings.pop("side_rank", 0)
+    for key in ("weight_dtype", "compute_dtype", "side_dtype"):
         if key in settings:
-            settings[key] = float_dtype(settings[key], f"{where}: {key}", optional=True)
+            settings[key] = float_dtype(settings[key], f"{where}: {key}", optional=key != "side_dtype")
+    branch_dtype = settings.pop("side_dtype", None)
     try:
-        return build(*sizes, device=device, **settings)
+        layer = build(*sizes, device=device, **settings)
+        if rank:
+            attach_empty(layer, rank, branch_dtype)
+        return layer
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{where}: {error}") from None
 

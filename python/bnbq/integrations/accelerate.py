@@ -20,6 +20,7 @@ import torch
 from .. import _bnbq, placement, replace
 from ..checkpoint import PACKED_NAMES, describe, opened
 from ..nn import QuantizedLinear, is_conv1d
+from ..side_branch import PARTS, attach_empty
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -67,7 +68,7 @@ def load_and_quantize(
         )
     config = replace.resolve_config(config)
     files = checkpoint_files(Path(weights_location))
-    transposed = swap_layers(model, config, stored_packed(files))
+    transposed = swap_layers(model, config, *stored_packed(files))
     device_map = default_device_map(device_map)
     if isinstance(device_map, str) and device_map in placement.STRATEGIES:
         if no_split_module_classes is not None:
@@ -107,7 +108,7 @@ def default_device_map(device_map):
 # ------------------------------------------------------------------ the model
 
 
-def swap_layers(model, config, packed: set) -> dict:
+def swap_layers(model, config, packed: set, branches: dict) -> dict:
     """Replace the layers by unfilled quantised ones; returns name -> is the float weight stored transposed."""
     result = {}
     for name, module in replace.select_modules(model, config).items():
@@ -115,6 +116,8 @@ def swap_layers(model, config, packed: set) -> dict:
             continue
         layer = replace.make_layer(module, config, device="meta")
         layer.source_cls = type(module)
+        if name in branches:
+            attach_empty(layer, *branches[name])
         result[name] = is_conv1d(module)
         model.set_submodule(name, layer)
     return result
@@ -270,8 +273,14 @@ def tensors_of(path: str):
             yield name, lambda tensor=tensor: tensor
 
 
-def stored_packed(files: list[str]) -> set:
-    """Names of layers that the files hold in packed form."""
-    return {
-        name.removesuffix(".qweight") for path in files for name, _ in tensors_of(path) if name.endswith(".qweight")
-    }
+def stored_packed(files: list[str]) -> tuple[set, dict]:
+    """Names of layers that the files hold in packed form, and (rank, dtype) of the side branches that there are."""
+    packed, branches, part = set(), {}, f".{PARTS[0]}"
+    for path in files:
+        for name, read in tensors_of(path):
+            if name.endswith(".qweight"):
+                packed.add(name.removesuffix(".qweight"))
+            elif name.endswith(part):
+                a = read()
+                branches[name.removesuffix(part)] = len(a), a.dtype
+    return packed, branches

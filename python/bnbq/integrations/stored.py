@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..checkpoint import PACKED_NAMES, Entry, check_entry, opened, read_headers
+from ..checkpoint import PACKED_NAMES, SAFETENSORS_DTYPES, Entry, check_entry, opened, read_headers
 from ..checkpoint_bnb import BNB4_KEYS, BNB8_KEYS, QUANT_STATE, bnb4_settings
+from ..side_branch import PARTS, attach_empty
 
+NATIVE = (*PACKED_NAMES, *PARTS)
+DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 BNB_SCALES = tuple(sorted({*BNB4_KEYS, *BNB8_KEYS} - {"weight"}, key=len, reverse=True))
 
 
@@ -39,6 +42,12 @@ class StoredLayer:
     @property
     def quantized(self) -> bool:
         return self.native or self.bits is not None
+
+    def attach_branch(self, layer) -> None:
+        """Make ``layer`` one with a side branch if this one has it; `check_layer` compares the shapes later."""
+        entry = self.entries.get(PARTS[0])
+        if entry is not None:
+            attach_empty(layer, entry.shape[0] if entry.shape else 0, DTYPES[entry.dtype])
 
     @property
     def files(self) -> str:
@@ -158,7 +167,7 @@ class StoredCheckpoint:
                     f"{self.layers[name].files}: {name} has {', '.join(sorted(entries))} but no {', '.join(missing)}"
                 )
             return
-        wanted = {leaf: parameter for leaf, parameter in layer.named_parameters(recurse=False) if leaf in PACKED_NAMES}
+        wanted = {leaf: parameter for leaf, parameter in layer.named_parameters() if leaf in NATIVE}
         for leaf in wanted:
             if leaf not in entries:
                 raise ValueError(
@@ -178,7 +187,7 @@ class StoredCheckpoint:
 
 def split_key(key: str) -> tuple[str, str | None]:
     """``layer.weight.absmax`` -> ("layer", "weight.absmax"): the layer and the part of it that a key is, or None."""
-    for leaf in BNB_SCALES:
+    for leaf in (*BNB_SCALES, *PARTS):
         if key.endswith(f".{leaf}"):
             return key[: -len(leaf) - 1], leaf
     module, _, leaf = key.rpartition(".")

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import checkpoint, nn, placement
 from .. import config as settings
 from ..checkpoint import PACKED_NAMES
+from ..side_branch import SideBranch
 
 logger = logging.get_logger(__name__)
 LAYERS = (nn.Linear4bit, nn.Linear8bitLt)
@@ -145,7 +146,8 @@ class BnbqQuantizer(HfQuantizer):
             [name for name, layer in chosen.items() if not layer.native and layer.bits == 4]
         )
         self.swap(model, {name: self.layer_config(layer, described.get(name)) for name, layer in chosen.items()})
-        for name in chosen:
+        for name, layer in chosen.items():
+            layer.attach_branch(model.get_submodule(name))
             self.stored.check_layer(name, model.get_submodule(name))
         self.warn_if_nothing(model)
 
@@ -316,6 +318,13 @@ class BnbqQuantizer(HfQuantizer):
         from .conversions import stored
 
         tensors = {}
+        if self.quantization_config.checkpoint_format == "bitsandbytes":
+            branched = [name for name, module in model.named_modules() if isinstance(module, SideBranch)]
+            if branched:
+                raise ValueError(
+                    f"{branched[0]} has a side branch, for which bitsandbytes' format has no place; "
+                    'save with checkpoint_format="bnbq"'
+                )
         if not getattr(model, "_hf_peft_config_loaded", False):
             for name, module in model.named_modules():
                 if isinstance(module, LAYERS):
@@ -359,11 +368,14 @@ def original_kinds(model, layers: dict) -> dict:
     return kinds
 
 
-def float_layer(layer, dtype: torch.dtype | None = None, kind: type = torch.nn.Linear):
-    """The float layer that a quantised one stands for: nn.Linear, or Conv1D where it was one. Hooks move along."""
+def float_layer(layer, dtype: torch.dtype | None = None, kind: type = torch.nn.Linear, weight=None):
+    """The float layer that a quantised one stands for: nn.Linear, or Conv1D where it was one. Hooks move along.
+
+    ``weight`` [out_features, in_features] takes the place of the layer's own.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    weight = layer.dequantize(dtype)
+    weight = layer.dequantize(dtype) if weight is None else weight
     with torch.device("meta"):
         if issubclass(kind, Conv1D):
             new, weight = Conv1D(layer.out_features, layer.in_features), weight.t().contiguous()
