@@ -9,135 +9,33 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft")
 
 import bnbq  # noqa: E402
-import small_models  # noqa: E402
-from bnbq import nn  # noqa: E402
+from adapters import (  # noqa: E402, F401
+    AUTO,
+    IDS,
+    SETTINGS,
+    TARGETS,
+    base_model,
+    float_twin,
+    logits,
+    lora,
+    make_source,
+    one_thread,
+    packed,
+    shake,
+)
 from bnbq.report import count_parameters, print_trainable_parameters  # noqa: E402
-
-AUTO = transformers.AutoModelForCausalLM
-SETTINGS = {"4bit": dict(bits=4), "4bit-dq": dict(bits=4, double_quant=True), "8bit": dict(bits=8)}
-TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-IDS = torch.arange(1, 17)[None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    transformers.utils.logging.disable_progress_bar()
-    return small_models.llama(tmp_path_factory.mktemp("models") / "llama", dtype=torch.float32, initializer_range=0.1)
-
-
-loaded = {}
-
-
-def base_model(source, name):
-    """A fresh copy of the model in this format."""
-    if (source, name) not in loaded:
-        settings = SETTINGS.get(name)
-        loaded[source, name] = AUTO.from_pretrained(
-            source, quantization_config=bnbq.BnbqConfig(**settings) if settings else None
-        )
-    return copy.deepcopy(loaded[source, name])
-
-
-def packed(model):
-    return {
-        name: p.detach().clone()
-        for name, p in model.named_parameters()
-        if name.split(".")[-1] in ("qweight", "absmax", "absmax2", "absmax_offset")
-    }
-
-
-def lora(model, seed=0, **settings):
-    torch.manual_seed(seed)
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM", **settings)
-    )
-
-
-def shake(model, seed=1):
-    """Give the adapters an effect, large enough to outlive rounding to 4 bits."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def text_like(rows=8):
-    """Sequences with something to learn: few tokens, in an order that repeats."""
-    ids = (torch.arange(rows)[:, None] + torch.arange(16)) % 4 * 7 + 100
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def train(model, folder, **settings):
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=8,
-        per_device_train_batch_size=4,
-        learning_rate=3e-2,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
-        dataloader_pin_memory=False,
-        **settings,
-    )
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=text_like())
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_lora_trains_as_on_a_float_base(source, tmp_path):
-    """Trainer, with and without checkpointing: the loss falls as on the float base, and no packed byte changes."""
-    losses = {}
-    for name in ("float", "4bit-dq", "8bit"):
-        model = base_model(source, name)
-        if name == "4bit-dq":
-            model = bnbq.prepare_model_for_kbit_training(model)
-            assert model.is_activation_checkpointing
-        before = packed(model)
-        model = lora(model)
-        losses[name] = train(model, tmp_path / name)
-        after = packed(model)
-        for key, value in before.items():
-            match = next(other for other in after if other.replace(".base_layer.", ".").endswith(key))
-            assert torch.equal(after[match], value), key
-        assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
-    fall = {name: values[0] - values[-1] for name, values in losses.items()}
-    assert fall["float"] > 1
-    for name in ("4bit-dq", "8bit"):
-        assert fall[name] > 0.8 * fall["float"], losses
-
-
-def float_twin(layer):
-    """nn.Linear with the dequantised weight."""
-    twin = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
-    twin.weight = torch.nn.Parameter(layer.dequantize(), requires_grad=False)
-    return twin
+    return make_source(tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_gradients_equal_those_through_the_dequantised_weight(source, name):
     model = lora(base_model(source, name))
     shake(model)
-    dense = copy.deepcopy(model)
-    for path, module in list(dense.named_modules()):
-        if isinstance(module, (nn.Linear4bit, nn.Linear8bitLt)):
-            dense.set_submodule(path, float_twin(module))
+    dense = float_twin(model)
     for twin in (model, dense):
         twin(IDS, labels=IDS).loss.backward()
     wanted = dict(dense.named_parameters())
@@ -161,6 +59,35 @@ def test_adapters_save_and_load(source, tmp_path, name):
     base = base_model(source, name)
     base.load_adapter(tmp_path)  # Transformers' own door to PEFT
     assert torch.equal(logits(base), expected)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_adapters_are_swapped_and_stacked(source, tmp_path, name):
+    """Two adapters on one base: each alone, both at once, a mixed batch, and none, as on the float twin."""
+    singles = {}
+    for i, adapter in enumerate(("first", "second")):
+        model = shake(lora(base_model(source, name)), seed=i + 1)
+        singles[adapter] = logits(model)
+        model.save_pretrained(tmp_path / adapter)
+    model = peft.PeftModel.from_pretrained(base_model(source, name), tmp_path / "first", adapter_name="first")
+    before = packed(model)
+    model.load_adapter(tmp_path / "second", "second")
+    for adapter in ("second", "first", "second"):
+        model.set_adapter(adapter)
+        assert torch.equal(logits(model), singles[adapter])
+    both = IDS.repeat(2, 1)
+    with torch.no_grad():
+        mixed = model.eval()(both, adapter_names=["first", "__base__"]).logits
+    assert torch.allclose(mixed[:1], singles["first"], rtol=1e-3, atol=0.3 if name == "8bit" else 1e-4)
+    model.base_model.set_adapter(["first", "second"])
+    stacked, wanted = logits(model), logits(float_twin(model))
+    assert (stacked - wanted).norm() / wanted.norm() < (0.05 if name == "8bit" else 1e-4)
+    assert not torch.equal(stacked, singles["first"])
+    model.delete_adapter("first")
+    model.set_adapter("second")
+    assert torch.equal(logits(model), singles["second"])
+    assert all(torch.equal(before[key], value) for key, value in packed(model).items())
+    assert torch.equal(logits(model.unload()), logits(base_model(source, name)))
 
 
 def delta(layer):
@@ -206,59 +133,6 @@ def test_a_merge_that_is_not_finite_is_refused(source):
         with pytest.raises(ValueError):
             model.merge_adapter(safe_merge=safe)
     assert all(torch.equal(before[key], value) for key, value in packed(model).items())
-
-
-def dora_like():
-    return {
-        "dora": peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=False),
-        "rslora": peft.LoraConfig(
-            r=4, target_modules=["q_proj", "down_proj"], use_rslora=True, init_lora_weights=False
-        ),
-        "ia3": peft.IA3Config(
-            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
-        ),
-        "adalora": peft.AdaLoraConfig(
-            target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, init_lora_weights=False
-        ),
-        "loha": peft.LoHaConfig(r=4, target_modules=["q_proj"], init_weights=False),
-        "lokr": peft.LoKrConfig(r=4, target_modules=["q_proj"], init_weights=False),
-        "oft": peft.OFTConfig(
-            target_modules=["q_proj"], oft_block_size=16, use_cayley_neumann=False, init_weights=False
-        ),
-        "boft": peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=16, init_weights=False),
-        "vera": peft.VeraConfig(r=4, target_modules=["q_proj"], init_weights=False),
-        "hra": peft.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False),
-    }
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("kind", list(dora_like()))
-def test_other_tuners_forward_backward_and_merge(source, kind, bits):
-    torch.manual_seed(0)
-    model = peft.get_peft_model(base_model(source, f"{bits}bit"), dora_like()[kind])
-    loss = model(IDS, labels=IDS).loss
-    loss.backward()
-    grads = [p.grad for p in model.parameters() if p.requires_grad]
-    assert any(g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in grads)
-    if kind == "adalora":
-        model.base_model.peft_config["default"].total_step = None
-    model.eval()
-    twin, before = copy.deepcopy(model), packed(model)
-    for path, module in list(twin.named_modules()):
-        if isinstance(module, (nn.Linear4bit, nn.Linear8bitLt)):
-            twin.set_submodule(path, float_twin(module))
-    merged, dense = model.merge_and_unload(), twin.merge_and_unload()
-    changed = different = total = 0
-    for path, module in merged.named_modules():
-        if isinstance(module, (nn.Linear4bit, nn.Linear8bitLt)):
-            wanted = copy.deepcopy(module).quantize_(dense.get_submodule(path).weight).qweight
-            old = next(
-                value for key, value in before.items() if key.replace(".base_layer.", ".").endswith(f"{path}.qweight")
-            )
-            changed += (old != module.qweight).sum().item()
-            different += (wanted != module.qweight).sum().item()
-            total += wanted.numel()
-    assert changed > 0 and different <= total * 1e-4, (changed, different, total)
 
 
 @pytest.mark.parametrize("prepare", ["theirs", "ours"])
