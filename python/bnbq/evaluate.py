@@ -26,10 +26,11 @@ KL_STRIDE = 16
 
 @dataclass(frozen=True)
 class Text:
-    """A text to judge on: ``name`` for people, ``held_out`` the part to use."""
+    """A text to judge on: ``name`` for people, ``held_out`` the part to use, ``calibration`` what comes before it."""
 
     name: str
     held_out: str
+    calibration: str = ""
 
     @property
     def sha256(self) -> str:
@@ -46,9 +47,8 @@ def python_text() -> Text:
         raise UserError("this Python comes without pydoc_data.topics: give a text with --text FILE") from error
     pages = [topics[name] for name in sorted(topics)]
     text = "\n\n".join(pages)
-    return Text(
-        f"the language reference of Python {platform.python_version()}", text[int(len(text) * CALIBRATION_SHARE) :]
-    )
+    start = int(len(text) * CALIBRATION_SHARE)
+    return Text(f"the language reference of Python {platform.python_version()}", text[start:], text[:start])
 
 
 def file_text(path) -> Text:
