@@ -21,7 +21,7 @@ TUNERS = {
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
     ),
     "vera": peft.VeraConfig(r=4, target_modules=["q_proj"], init_weights=False),
-    "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, init_lora_weights=False, **SOME),
+    "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=2, total_step=10, init_lora_weights=False, **SOME),
     "loha": peft.LoHaConfig(r=4, init_weights=False, **SOME),
     "lokr": peft.LoKrConfig(r=4, init_weights=False, **SOME),
     "oft": peft.OFTConfig(oft_block_size=16, use_cayley_neumann=False, init_weights=False, **SOME),
@@ -29,7 +29,7 @@ TUNERS = {
     "hira": peft.HiraConfig(r=4, init_weights=False, **SOME),
     "fourierft": peft.FourierFTConfig(n_frequency=200, scaling=300.0, init_weights=False, **SOME),
     "hra": peft.HRAConfig(r=4, init_weights=False, **SOME),
-    "randlora": peft.RandLoraConfig(r=4, randlora_alpha=100, init_weights=False, **SOME),
+    "randlora": peft.RandLoraConfig(r=4, randlora_alpha=30, init_weights=False, **SOME),
 }
 STARTS_IN_THE_BASE = {"olora", "pissa"}
 """Their initialisation moves a part of the weight into the adapter and requantises the rest."""
@@ -60,14 +60,11 @@ def test_forward_and_backward(source, kind, bits):
         one.output.loss.backward()
     error = (model.output.logits - twin.output.logits).norm() / twin.output.logits.norm()
     assert error < (0.2 if bits == 8 else 1e-4), error
-    wanted = {name: p.grad for name, p in twin.named_parameters() if p.requires_grad}
-    assert wanted and any(grad is not None and grad.abs().sum() > 0 for grad in wanted.values())
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            assert parameter.grad is None, name
-        elif wanted[name] is not None:
-            likeness = torch.cosine_similarity(parameter.grad.flatten(), wanted[name].flatten(), 0)
-            assert likeness > (0.8 if bits == 8 else 1 - 1e-5) or not wanted[name].any(), (name, likeness)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    got, wanted = ({n: p.grad for n, p in one.named_parameters() if p.grad is not None} for one in (model, twin))
+    assert wanted and got.keys() == wanted.keys()
+    got, wanted = (torch.cat([grad.flatten() for grad in grads.values()]) for grads in (got, wanted))
+    assert torch.cosine_similarity(got, wanted, 0) > (0.9 if bits == 8 else 1 - 1e-5)
 
 
 def codes_that_differ(model, twin):

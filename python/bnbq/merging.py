@@ -109,7 +109,7 @@ def merge(
     if keep not in KEEP:
         raise ValueError(f"merge: keep is {keep!r}, expected one of {', '.join(map(repr, KEEP))}")
     base = adapted_model(model)
-    tuners = check(base, adapter_names)
+    tuners = check(base)
     plans = {name: plan(name, tuner, keep, adapter_names) for name, tuner in tuners.items()}
     result = Merge(None, [planned.row for planned in plans.values()])
     lossy = [row for row in result.layers if not row.kept >= min_kept]
@@ -148,7 +148,7 @@ def adapted_model(model):
     return tuner.model
 
 
-def check(base: torch.nn.Module, adapter_names) -> dict:
+def check(base: torch.nn.Module) -> dict:
     """Name -> tuner layer for those on quantised layers, once nothing is found that would stop the merge halfway."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

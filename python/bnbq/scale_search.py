@@ -31,9 +31,10 @@ class Grid:
         self.width = layer.blocksize or max(self.k, 1)
         self.tiny = float(reference.TINY_4BIT if self.four else reference.TINY_8BIT)
         if self.four:
-            known = reference.find_format(layer.quant_type)
-            self.order, self.thresholds = torch.from_numpy(known.order), torch.from_numpy(known.thresholds)
-            self.ascending = codebook(layer.quant_type)[self.order.long()]
+            known, device = reference.find_format(layer.quant_type), layer.qweight.device
+            self.order = torch.from_numpy(known.order).to(device)
+            self.thresholds = torch.from_numpy(known.thresholds).to(device)
+            self.ascending = codebook(layer.quant_type).to(device)[self.order.long()]
 
     def blocks(self, dense: torch.Tensor) -> torch.Tensor:
         """float32[n, k] -> [blocks, width], padded with zeros: 4-bit blocks cross rows, int8 blocks do not."""
@@ -73,7 +74,7 @@ class Grid:
 
 
 def requantize(layer: QuantizedLinear, dense: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What ``layer`` would store for ``dense``, float32[n, k] on the CPU, with searched scales: tensors by name.
+    """What ``layer`` would store for ``dense``, float32[n, k] on its device, with searched scales: tensors by name.
 
     ``dense`` is what the packed tensors alone shall stand for. Under double quantisation the codes are chosen for the
     scales as they decode, and the layer's own scales are kept if those that were found do no better once packed.
@@ -88,9 +89,9 @@ def requantize(layer: QuantizedLinear, dense: torch.Tensor) -> dict[str, torch.T
     blocks, old = grid.blocks(dense), old.reshape(-1)
     slabs = max(SLAB // grid.width, 1)
     found = torch.cat([grid.best(*part) for part in zip(blocks.split(slabs), old.split(slabs), strict=True)])
-    scales, shape = {"absmax": found.view(had["absmax"].shape)}, had["absmax"].shape
+    scales = {"absmax": found.view(had["absmax"].shape)}
     if nested:
-        scales = dict(zip(had, ops.quantize_absmax(found.view(shape)), strict=True))
+        scales = dict(zip(had, ops.quantize_absmax(scales["absmax"]), strict=True))
         found = ops.dequantize_absmax(*scales.values()).reshape(-1)
         if grid.error(blocks, old).sum() <= grid.error(blocks, found).sum():
             scales, found = {name: tensor.clone() for name, tensor in had.items()}, old
