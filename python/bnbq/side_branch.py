@@ -22,7 +22,7 @@ PARTS = ("side_branch.a", "side_branch.b")
 
 
 class LowRank(torch_nn.Module):
-    """x float[..., k] -> x . A^T . B^T, [..., n], computed in the branch's dtype and returned in x's. Frozen.
+    """x float[..., k] -> x . A^T . B^T, [..., n], in the branch's dtype. Frozen.
 
     Not made of nn.Linear, which adapters for all linear layers would look for.
     """
@@ -33,7 +33,7 @@ class LowRank(torch_nn.Module):
         self.b = torch_nn.Parameter(b, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x.to(self.a.dtype), self.a), self.b).to(x.dtype)
+        return F.linear(F.linear(x.to(self.a.dtype), self.a), self.b)
 
     def product(self) -> torch.Tensor:
         """B A, float32[n, k]."""
@@ -47,7 +47,7 @@ class SideBranch:
     """Mixed into a quantised layer by `attach`; ``side_branch`` is its LowRank."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.side_branch(x)
+        return (super().forward(x) + self.side_branch(x)).to(x.dtype)  # rounded once, as an adapter's sum is
 
     def format(self) -> dict:
         return {**super().format(), "side_rank": self.side_branch.a.shape[0]}
