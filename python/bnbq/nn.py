@@ -24,29 +24,13 @@ from torch import nn
 from . import ops
 from .config import check_activations, check_blocksize, check_bool, check_quant_type, check_threshold, parse_dtype
 from .ops_torch import check_finite
-from .state import METADATA_KEY, checked_entries, describe, format_metadata
+from .packed import WEIGHT_DTYPES, PackedModule
+from .state import describe
 from .virtual_weight import VirtualWeight
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(PackedModule, nn.Linear):
     """What the quantised layers share. Subclasses give the format and how to pack, unpack and multiply."""
-
-    _is_hf_initialized = True  # transformers must not initialise packed bytes
-
-    # ------------------------------------------------------------------ what a subclass defines
-
-    def packed_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each packed Parameter, by name."""
-        raise NotImplementedError
-
-    def format(self) -> dict:
-        """The settings that give the packed bytes their meaning."""
-        raise NotImplementedError
-
-    def _pack(self, dense: torch.Tensor) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
 
     def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
         raise NotImplementedError
@@ -68,20 +52,7 @@ class QuantizedLinear(nn.Linear):
         dense = nn.Linear(in_features, out_features, bool(bias), device=device, dtype=dtype)
         # The bias comes first: transformers takes a model's dtype from its first float parameter.
         self.register_parameter("bias", dense.bias)
-        for name, tensor in self.packed(dense.weight).items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-
-    def packed(self, dense: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What this layer stores for ``dense``, float[out_features, in_features]: tensors by parameter name, on its
-        device. ValueError for a NaN or an Inf; to know, a GPU is waited for, once."""
-        dense = dense.detach()
-        if dense.is_meta:
-            return {
-                name: torch.empty(shape, dtype=dtype, device="meta")
-                for name, (shape, dtype) in self.packed_spec().items()
-            }
-        return self._pack(dense if dense.dtype in WEIGHT_DTYPES else dense.float())
-
+        self._register_packed(self.packed(dense.weight))
 
     @classmethod
     def from_linear(cls, module: nn.Module, **settings):
@@ -135,14 +106,6 @@ class QuantizedLinear(nn.Linear):
             return self
         self._fill(self.packed(dense))
         return self
-
-    def _fill(self, packed: dict[str, torch.Tensor]) -> None:
-        for name, tensor in packed.items():
-            old = self._parameters[name]
-            if old.device == tensor.device and not old.is_inference():
-                old.copy_(tensor)
-            else:
-                self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
     def _check_dense(self, dense) -> None:
         if not isinstance(dense, torch.Tensor) or not dense.is_floating_point():
@@ -199,42 +162,7 @@ class QuantizedLinear(nn.Linear):
         else:
             super().__setattr__(name, value)
 
-    # ------------------------------------------------------------------ nn.Module's machinery
-
-    def _apply(self, fn, recurse=True):
-        """A move applies to every tensor, a cast only to the bias and to the dtype that ``weight`` reports."""
-        packed = {id(self._parameters[name]) for name in self.packed_spec()}
-
-        def moved_not_cast(tensor):
-            result = fn(tensor)
-            return tensor.to(result.device) if id(tensor) in packed and result.dtype != tensor.dtype else result
-
-        super()._apply(moved_not_cast, recurse)
-        probe = fn(torch.empty(0, dtype=self.weight_dtype, device=self._parameters["qweight"].device))
-        if probe.is_floating_point():
-            self.weight_dtype = probe.dtype if probe.dtype in WEIGHT_DTYPES else torch.float32
-        return self
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)
-        if metadata is not None:
-            metadata.setdefault(prefix[:-1], {})[METADATA_KEY] = format_metadata(self)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        entries = checked_entries(self, state_dict, prefix, metadata, missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(entries, prefix, metadata, False, [], [], error_msgs)
-
     # ------------------------------------------------------------------ settings
-
-    @property
-    def compute_dtype(self) -> torch.dtype | None:
-        """The dtype to which inputs are rounded before the product; None is the input's own. PEFT reads it."""
-        return self._compute_dtype
-
-    @compute_dtype.setter
-    def compute_dtype(self, value) -> None:
-        self._compute_dtype = parse_dtype(value, f"{type(self).__name__}.compute_dtype")
 
     def describe(self) -> str:
         """For messages: "Linear4bit(4096, 1024, nf4)"."""

@@ -1,0 +1,101 @@
+"""What every module with packed weights shares: which tensors it has, how they move, save and load.
+
+The packed tensors are plain frozen Parameters. No cast touches them, a move moves them all, ``state_dict`` holds
+them under their own names and records their format, and loading checks both (state.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .config import parse_dtype
+from .state import METADATA_KEY, checked_entries, format_metadata
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PackedModule(nn.Module):
+    """Base of the modules whose weight is packed. It reports ``weight_dtype``, the dtype that it dequantises to."""
+
+    _is_hf_initialized = True  # transformers must not initialise packed bytes
+
+    # ------------------------------------------------------------------ what a subclass defines
+
+    def packed_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each packed Parameter, by name."""
+        raise NotImplementedError
+
+    def format(self) -> dict:
+        """The settings that give the packed bytes their meaning."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """For messages: "Linear4bit(4096, 1024, nf4)"."""
+        raise NotImplementedError
+
+    def _pack(self, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ packing
+
+    def packed(self, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What this module stores for ``dense``, a float tensor of the weight's shape: tensors by parameter name, on
+        its device. ValueError for a NaN or an Inf; to know, a GPU is waited for, once."""
+        dense = dense.detach()
+        if dense.is_meta:
+            return {
+                name: torch.empty(shape, dtype=dtype, device="meta")
+                for name, (shape, dtype) in self.packed_spec().items()
+            }
+        return self._pack(dense if dense.dtype in WEIGHT_DTYPES else dense.float())
+
+    def _register_packed(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def _fill(self, packed: dict[str, torch.Tensor]) -> None:
+        """Into the Parameters that are there, or new ones on another device."""
+        for name, tensor in packed.items():
+            old = self._parameters[name]
+            if old.device == tensor.device and not old.is_inference():
+                old.copy_(tensor)
+            else:
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    # ------------------------------------------------------------------ nn.Module's machinery
+
+    def _apply(self, fn, recurse=True):
+        """A move applies to every tensor, a cast only to what is not packed and to the dtype that the module reports."""
+        packed = {id(self._parameters[name]) for name in self.packed_spec()}
+
+        def moved_not_cast(tensor):
+            result = fn(tensor)
+            return tensor.to(result.device) if id(tensor) in packed and result.dtype != tensor.dtype else result
+
+        super()._apply(moved_not_cast, recurse)
+        probe = fn(torch.empty(0, dtype=self.weight_dtype, device=self._parameters["qweight"].device))
+        if probe.is_floating_point():
+            self.weight_dtype = probe.dtype if probe.dtype in WEIGHT_DTYPES else torch.float32
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})[METADATA_KEY] = format_metadata(self)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        entries = checked_entries(self, state_dict, prefix, metadata, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(entries, prefix, metadata, False, [], [], error_msgs)
+
+    # ------------------------------------------------------------------ settings
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype to which inputs are rounded before the product; None is the input's own. PEFT reads it."""
+        return self._compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, value) -> None:
+        self._compute_dtype = parse_dtype(value, f"{type(self).__name__}.compute_dtype")
