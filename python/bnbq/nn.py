@@ -15,39 +15,31 @@ when it is read and requantised when it is written (virtual_weight.py).
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from . import ops
-from .config import check_activations, check_blocksize, check_bool, check_quant_type, check_threshold, parse_dtype
-from .ops_torch import check_finite
-from .packed import WEIGHT_DTYPES, PackedModule
-from .state import describe
-from .virtual_weight import VirtualWeight
+from .config import check_activations, check_threshold, parse_dtype
+from .matrix import Format4bit, Format8bit, PackedMatrix
+from .packed import WEIGHT_DTYPES
 
 
-class QuantizedLinear(PackedModule, nn.Linear):
-    """What the quantised layers share. Subclasses give the format and how to pack, unpack and multiply."""
+class QuantizedLinear(PackedMatrix, nn.Linear):
+    """What the quantised layers share. Subclasses give the format and how to multiply."""
 
-    def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        raise NotImplementedError
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     # ------------------------------------------------------------------ construction
 
     def _build(self, in_features, out_features, bias, weight_dtype, device) -> None:
         """The tensors of a new layer: nn.Linear's own random initialisation, quantised; unfilled on meta."""
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{type(self).__name__}: {name} is {value!r}, expected an int")
-            if value < 0:
-                raise ValueError(f"{type(self).__name__}: {name} is {value}, expected at least 0")
+        self._check_sizes(in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
-        dtype = torch.get_default_dtype() if weight_dtype is None else weight_dtype
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"{type(self).__name__}: weight_dtype is {weight_dtype!r}, expected a float dtype")
+        dtype = self._float_dtype(weight_dtype)
         self.weight_dtype = dtype if dtype in WEIGHT_DTYPES else torch.float32
         dense = nn.Linear(in_features, out_features, bool(bias), device=device, dtype=dtype)
         # The bias comes first: transformers takes a model's dtype from its first float parameter.
@@ -89,79 +81,6 @@ class QuantizedLinear(PackedModule, nn.Linear):
                 with torch.no_grad():
                     self.bias.copy_(fresh.bias)
 
-    # ------------------------------------------------------------------ the weight
-
-    @torch.no_grad()
-    def quantize_(self, dense: torch.Tensor):
-        """Replace the weight by ``dense``, float[out_features, in_features] of any strides; returns the layer.
-
-        Quantised on the device of ``dense``, where the packed tensors then lie. On the device where they were,
-        the bytes are written into the same Parameters. Raises TypeError and ValueError (shape, NaN, Inf), and
-        nothing has changed then.
-        """
-        self._check_dense(dense)
-        if dense.is_meta:
-            if not self._parameters["qweight"].is_meta:
-                raise ValueError(f"{self.describe()}: the new weight is on the meta device and has no data")
-            return self
-        self._fill(self.packed(dense))
-        return self
-
-    def _check_dense(self, dense) -> None:
-        if not isinstance(dense, torch.Tensor) or not dense.is_floating_point():
-            raise TypeError(f"{self.describe()}: the new weight is {describe(dense)}, expected a float tensor")
-        if tuple(dense.shape) != (self.out_features, self.in_features):
-            raise ValueError(
-                f"{self.describe()}: the new weight has shape {list(dense.shape)}, "
-                f"expected {[self.out_features, self.in_features]}"
-            )
-
-    @torch.no_grad()
-    def assign_weight(self, dense: torch.Tensor) -> None:
-        """What ``layer.weight = dense`` and ``layer.weight.data = dense`` do: requantise, and report its dtype.
-
-        Another layer's ``weight`` in the same format is taken over byte by byte, and the layer's own changes nothing
-        (PEFT assigns it when it unloads): requantising int8 or double-quantised scales could move them by an ulp.
-        """
-        if isinstance(dense, VirtualWeight):
-            other = dense._layer
-            if other is self:
-                return
-            alike = other.packed_spec() == self.packed_spec() and other.format() == self.format()
-            if alike and not other.qweight.is_meta:
-                self._fill({name: other._parameters[name].detach().clone() for name in self.packed_spec()})
-                self.weight_dtype = other.weight_dtype
-                return
-            dense = other.dequantize()
-        self._check_dense(dense)
-        # A plain view: requantising from a DenseWeight must not look like an operation on it.
-        with torch._C.DisableTorchFunctionSubclass():
-            plain = dense.detach().as_subclass(torch.Tensor)
-        self.quantize_(plain)
-        if plain.dtype in WEIGHT_DTYPES:
-            self.weight_dtype = plain.dtype
-
-    @torch.no_grad()
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weight as a plain tensor [out_features, in_features]: fp32 values rounded once to ``dtype``
-        (None: ``weight_dtype``)."""
-        dtype = self.weight_dtype if dtype is None else dtype
-        if self._parameters["qweight"].is_meta:
-            return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
-        return self._unpack(dtype) if dtype in WEIGHT_DTYPES else self._unpack(torch.float32).to(dtype)
-
-    @property
-    def weight(self):
-        """The weight, float[out_features, in_features] in ``weight_dtype``: dequantised when its values are read,
-        requantised when it is assigned or written in place. See virtual_weight.py."""
-        return self.dequantize() if torch.compiler.is_compiling() else VirtualWeight(self)
-
-    def __setattr__(self, name, value):
-        if name == "weight":  # nn.Module would register a Parameter of this name
-            self.assign_weight(value)
-        else:
-            super().__setattr__(name, value)
-
     # ------------------------------------------------------------------ settings
 
     def describe(self) -> str:
@@ -181,7 +100,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
         return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
-class Linear4bit(QuantizedLinear):
+class Linear4bit(Format4bit, QuantizedLinear):
     """A linear layer whose weight is stored with 4 bits per element and a scale per block.
 
     ``forward``: x float[..., in_features] -> [..., out_features] in x's dtype. The weight is dequantised inside the
@@ -217,17 +136,10 @@ class Linear4bit(QuantizedLinear):
         device=None,
     ):
         nn.Module.__init__(self)  # not nn.Linear's, which would register a dense weight
-        self._quant_type = check_quant_type(quant_type)
-        self._blocksize = check_blocksize(blocksize)
-        self._double_quant = check_bool(double_quant, "double_quant")
+        self._set_format(quant_type, blocksize, double_quant)
         self.compute_dtype = compute_dtype
         self.activations = activations
         self._build(in_features, out_features, bias, weight_dtype, device)
-
-    # The format belongs to the bytes: it cannot be assigned.
-    quant_type = property(lambda self: self._quant_type, doc='"nf4", "fp4" or "int4"')
-    blocksize = property(lambda self: self._blocksize, doc="elements per scale")
-    double_quant = property(lambda self: self._double_quant, doc="whether the scales are quantised")
 
     @property
     def activations(self) -> str | None:
@@ -237,41 +149,6 @@ class Linear4bit(QuantizedLinear):
     @activations.setter
     def activations(self, value) -> None:
         self._activations = check_activations(value, f"{type(self).__name__}.activations")
-
-    def packed_spec(self):
-        n, k, blocksize = self.out_features, self.in_features, self._blocksize
-        blocks = math.ceil(n * k / blocksize)
-        whole = k % blocksize == 0
-        scales = (n, k // blocksize) if whole else (blocks,)
-        spec = {
-            "qweight": ((n, k // 2) if whole else (math.ceil(n * k / 2),), torch.uint8),
-            "absmax": (scales, torch.uint8 if self._double_quant else torch.float32),
-        }
-        if self._double_quant:
-            spec["absmax2"] = ((math.ceil(blocks / 256),), torch.float32)
-            spec["absmax_offset"] = ((1,), torch.float32)
-        return spec
-
-    def format(self):
-        return {"quant_type": self._quant_type, "blocksize": self._blocksize, "double_quant": self._double_quant}
-
-    def _pack(self, dense):
-        packed = ops.quantize_4bit(dense, self._quant_type, self._blocksize, self._double_quant)
-        check_finite("quantize_4bit", dense, packed.absmax_offset if self._double_quant else packed.absmax)
-        return {name: getattr(packed, name) for name in self.packed_spec()}
-
-    def _unpack(self, dtype):
-        tensors = self._parameters
-        return ops.dequantize_4bit(
-            tensors["qweight"],
-            tensors["absmax"],
-            (self.out_features, self.in_features),
-            absmax2=tensors.get("absmax2"),
-            absmax_offset=tensors.get("absmax_offset"),
-            quant_type=self._quant_type,
-            blocksize=self._blocksize,
-            dtype=dtype,
-        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tensors = self._parameters  # not self.qweight: nn.Module's lookup costs a microsecond
@@ -308,7 +185,7 @@ class LinearFP4(Linear4bit):
         super().__init__(in_features, out_features, bias, quant_type="fp4", **settings)
 
 
-class Linear8bitLt(QuantizedLinear):
+class Linear8bitLt(Format8bit, QuantizedLinear):
     """A linear layer whose weight is stored as int8 with a scale per row, multiplied as LLM.int8() does.
 
     ``forward``: x float[..., in_features] -> [..., out_features] in x's dtype. Each row of x is quantised to int8 by
@@ -337,11 +214,9 @@ class Linear8bitLt(QuantizedLinear):
     ):
         nn.Module.__init__(self)
         self.threshold = threshold
-        self._blocksize = check_blocksize(blocksize, per_row=True)
+        self._set_format(blocksize)
         self.compute_dtype = compute_dtype
         self._build(in_features, out_features, bias, weight_dtype, device)
-
-    blocksize = property(lambda self: self._blocksize, doc="columns per scale; 0 is one scale per row")
 
     @property
     def threshold(self) -> float:
@@ -361,24 +236,6 @@ class Linear8bitLt(QuantizedLinear):
     @state.setter
     def state(self, value) -> None:
         """PEFT hands the state of the layer that it wraps on to the layer."""
-
-    def packed_spec(self):
-        n, k = self.out_features, self.in_features
-        scales = (n, math.ceil(k / self._blocksize)) if self._blocksize else (n,)
-        return {"qweight": ((n, k), torch.int8), "absmax": (scales, torch.float32)}
-
-    def format(self):
-        return {"blocksize": self._blocksize}
-
-    def _pack(self, dense):
-        qweight, absmax = ops.quantize_8bit(dense, self._blocksize)
-        check_finite("quantize_8bit", dense, absmax)
-        return {"qweight": qweight, "absmax": absmax}
-
-    def _unpack(self, dtype):
-        return ops.dequantize_8bit(
-            self._parameters["qweight"], self._parameters["absmax"], blocksize=self._blocksize, dtype=dtype
-        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tensors, dtype = self._parameters, self._compute_dtype

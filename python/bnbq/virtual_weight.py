@@ -143,7 +143,7 @@ class VirtualWeight(torch.Tensor):
     def __new__(cls, layer):
         qweight = layer._parameters["qweight"]
         shell = torch.Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=layer.weight_dtype, device=qweight.device
+            cls, layer.weight_shape, dtype=layer.weight_dtype, device=qweight.device
         )
         shell._layer = layer
         return shell
