@@ -1,4 +1,5 @@
 """Quantised linear layers for PyTorch: ``Linear4bit`` (and ``LinearNF4``, ``LinearFP4``) and ``Linear8bitLt``.
+``Embedding4bit`` and ``Embedding8bit`` (embedding.py) belong to this module's interface too.
 
 Each is a subclass of ``nn.Linear`` whose tensors are plain frozen Parameters::
 
@@ -22,6 +23,7 @@ from torch import nn
 
 from . import ops
 from .config import check_activations, check_threshold, parse_dtype
+from .embedding import Embedding4bit, Embedding8bit, QuantizedEmbedding  # noqa: F401
 from .matrix import Format4bit, Format8bit, PackedMatrix
 from .packed import WEIGHT_DTYPES
 

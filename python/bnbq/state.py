@@ -12,6 +12,8 @@ import torch
 
 VERSION = 1
 METADATA_KEY = "bnbq"
+LIKE = "like"
+"""Parameter of an embedding that only has a dtype (embedding.py): a state dict may lack it."""
 
 
 def describe(tensor) -> str:
@@ -36,21 +38,28 @@ def checked_entries(layer, state_dict, prefix: str, metadata: dict, missing: lis
     entries = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     try:
         packed, used, absent = read_state(layer, entries, metadata.get(METADATA_KEY), name)
-        if layer.bias is None:
-            bias = {}
-        elif "bias" not in entries:
-            bias, absent = {}, ["bias", *absent]
-        else:
-            bias = {"bias": entries["bias"]}
-            if not isinstance(bias["bias"], torch.Tensor) or bias["bias"].shape != layer.bias.shape:
-                raise ValueError(f"{name}.bias: got {describe(bias['bias'])}, wanted shape {list(layer.bias.shape)}")
+        plain = float_entries(layer, entries, name)
+        absent = [*(key for key in plain if key not in entries and key != LIKE), *absent]
+        plain = {key: entries[key] for key in plain if key in entries}
     except (ValueError, TypeError) as error:
         errors.append(str(error))
         return {}
     missing += [prefix + key for key in absent]
-    used = used | bias.keys()
+    used = used | plain.keys()
     unexpected += [prefix + key for key in entries if key not in used and key.partition(".")[0] not in layer._modules]
-    return {prefix + key: value for key, value in {**packed, **bias}.items()}
+    return {prefix + key: value for key, value in {**packed, **plain}.items()}
+
+
+def float_entries(layer, entries: dict, name: str) -> dict:
+    """What a layer keeps beside its packed tensors (a bias, a buffer): its tensors by name. ValueError if what the
+    state dict has for one of them is of another shape."""
+    spec, hidden = layer.packed_spec(), layer._non_persistent_buffers_set
+    wanted = {key: own for key, own in layer._parameters.items() if own is not None and key not in spec}
+    wanted |= {key: own for key, own in layer._buffers.items() if own is not None and key not in hidden}
+    for key, own in wanted.items():
+        if key in entries and (not isinstance(entries[key], torch.Tensor) or entries[key].shape != own.shape):
+            raise ValueError(f"{name}.{key}: got {describe(entries[key])}, wanted shape {list(own.shape)}")
+    return wanted
 
 
 def read_state(layer, tensors: dict, metadata, name: str) -> tuple[dict, set, list]:
@@ -131,7 +140,7 @@ def check_metadata(layer, metadata: dict, name: str) -> None:
 
 def read_dense(layer, weight, name: str) -> dict:
     """A float weight, quantised where it lies."""
-    shape = [layer.out_features, layer.in_features]
+    shape = list(layer.weight_shape)
     if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
         raise ValueError(
             f"{name}.weight: got {describe(weight)} without the scales that bitsandbytes stores beside it; "
@@ -153,7 +162,7 @@ def read_bnb(layer, tensors: dict, used: set, name: str) -> dict:
     for key, value in entries.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name}.{key}: got {describe(value)}, wanted a tensor")
-    shape = (layer.out_features, layer.in_features)
+    shape = layer.weight_shape
     if hasattr(layer, "quant_type"):
         packed, settings = checkpoint_bnb.native_from_bnb4(entries, name, shape)
     else:
