@@ -48,6 +48,7 @@ NATIVE = (
     "threshold",
     "skip_modules",
     "include_modules",
+    "quantize_embeddings",
     "checkpoint_format",
     "quant_method",
     "version",
@@ -150,6 +151,8 @@ class BnbqConfig:
     * ``threshold``: activations this large are multiplied in float by 8-bit layers; 6.0 by default, 0 for none.
     * ``skip_modules``: names of modules to leave alone, in addition to the default rules (see ``bnbq.replace``).
     * ``include_modules``: names of modules to quantise although a default rule would leave them alone.
+    * ``quantize_embeddings``: token embeddings are quantised like linear layers, and an output head that is tied to
+      one shares its bytes. False by default.
     * ``checkpoint_format``: "bnbq" (default) or "bitsandbytes", the layout that saving writes.
     * ``quant_method`` "bnbq" and ``version`` 1 identify the JSON.
 
@@ -171,6 +174,7 @@ class BnbqConfig:
         threshold=None,
         skip_modules=None,
         include_modules=None,
+        quantize_embeddings=None,
         checkpoint_format=None,
         quant_method=None,
         version=None,
@@ -235,6 +239,7 @@ class BnbqConfig:
         self.threshold = check_threshold(given.get("threshold", 6.0))
         self.skip_modules = check_names(given.get("skip_modules"), "skip_modules")
         self.include_modules = check_names(given.get("include_modules"), "include_modules")
+        self.quantize_embeddings = check_bool(given.get("quantize_embeddings", False), "quantize_embeddings")
         self.checkpoint_format = given.get("checkpoint_format", "bnbq")
         self._check_checkpoint_format()
 
@@ -301,6 +306,11 @@ class BnbqConfig:
                 f"checkpoint_format: got {self.checkpoint_format!r}, expected one of {', '.join(CHECKPOINT_FORMATS)}"
             )
         if self.checkpoint_format == "bitsandbytes":
+            if self.quantize_embeddings:
+                raise ValueError(
+                    "checkpoint_format='bitsandbytes': bitsandbytes has no format for embeddings; "
+                    "leave quantize_embeddings out"
+                )
             if self.bits == 4 and self.quant_type not in BNB_QUANT_TYPES:
                 raise ValueError(
                     f"checkpoint_format='bitsandbytes': bitsandbytes has no {self.quant_type}, "
@@ -336,6 +346,8 @@ class BnbqConfig:
             result["include_modules"] = list(self.include_modules)
         if self.activations is not None:
             result["activations"] = self.activations
+        if self.quantize_embeddings:
+            result["quantize_embeddings"] = True
         return result
 
     def to_bnb_dict(self) -> dict:
@@ -413,15 +425,14 @@ class BnbqConfig:
 
     def layer_settings(self) -> dict:
         """Keyword arguments of the layer class for these settings (``bnbq.nn.Linear4bit`` or ``Linear8bitLt``)."""
-        if self.bits == 4:
-            return {
-                "quant_type": self.quant_type,
-                "blocksize": self.blocksize,
-                "double_quant": self.double_quant,
-                "compute_dtype": self.compute_dtype,
-                "activations": self.activations,
-            }
-        return {"threshold": self.threshold, "blocksize": self.blocksize, "compute_dtype": self.compute_dtype}
+        run_time = {"activations": self.activations} if self.bits == 4 else {"threshold": self.threshold}
+        return {**self.embedding_settings(), "compute_dtype": self.compute_dtype, **run_time}
+
+    def embedding_settings(self) -> dict:
+        """Keyword arguments of the embedding class (``bnbq.nn.Embedding4bit`` or ``Embedding8bit``): the format."""
+        if self.bits == 8:
+            return {"blocksize": self.blocksize}
+        return {"quant_type": self.quant_type, "blocksize": self.blocksize, "double_quant": self.double_quant}
 
     def describe(self) -> str:
         """The format in a few words: "nf4, blocks of 64, double quantised"."""

@@ -50,15 +50,20 @@ class PackedMatrix(PackedModule):
 
     @torch.no_grad()
     def tie_(self, other) -> None:
-        """Use the packed Parameters (the objects) of another module for the same weight, as a tied head does.
+        """Use the Parameters (the objects) of another module, but for a bias, as a head does that is tied to an
+        embedding.
 
         ValueError if the other's weight has another shape or format.
         """
         mine, theirs = (self.packed_spec(), self.format()), (other.packed_spec(), other.format())
         if mine != theirs:
             raise ValueError(f"{self.describe()} cannot share the weight of {other.describe()}")
-        for name in self.packed_spec():
+        for name in self.tied_parameters(other):
             self._parameters[name] = other._parameters[name]
+
+    def tied_parameters(self, other) -> list[str]:
+        """Names of the Parameters that this module and one that it is tied to have in common."""
+        return [name for name in self._parameters if name in other._parameters and name != "bias"]
 
     # ------------------------------------------------------------------ the weight
 

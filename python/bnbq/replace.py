@@ -1,4 +1,4 @@
-"""Replace the linear layers of a model by quantised ones.
+"""Replace the linear layers of a model, and on request its embeddings, by quantised ones.
 
 ``quantize_model`` does it to any nn.Module; ``select_modules`` and ``make_layer`` are the two halves that the
 transformers integration uses while it loads.
@@ -17,6 +17,11 @@ What is kept although it could be replaced, and how it is recognised (``keep_rea
     kept in fp32         the model's _keep_in_fp32_modules
     last layer           the owner of the last parameter of a transformers model, as transformers does
     adapter              layers that PEFT added beside or in place of others
+
+With ``quantize_embeddings`` nn.Embedding and its subclasses are candidates too (a subclass keeps its forward). Kept are
+embeddings of a transformers model that no get_input_embeddings() returns: positions, token types. Where an embedding is
+quantised, all that is tied to it is too and shares its bytes, the output head included; where one of them cannot be,
+or is skipped, all stay float.
 
 ``skip_modules`` adds to these; ``include_modules`` overrides them. A name there means a run of whole components of a
 module's dotted name: "lm_head", "mlp.gate" and "layers.0" match in "model.layers.0.mlp.gate"; "gat" and "layers.1"
@@ -37,6 +42,8 @@ from torch import nn as torch_nn
 
 from . import nn
 from .config import BnbqConfig, check_names
+from .matrix import PackedMatrix
+from .packed import PackedModule
 from .report import Report, explain, largest_unquantized, report
 
 logger = logging.getLogger("bnbq")
@@ -58,8 +65,12 @@ ENOUGH = 0.9
 """Below this part of the bytes that could have been quantised, quantize_model warns."""
 
 
+TIE_REASONS = ("output head", "tied weight", "last layer")
+"""Why a layer is kept, where that gives way when the embedding that it is tied to is quantised."""
+
+
 class Selection(NamedTuple):
-    """Linear layers by name: those to replace, and why each other one is kept."""
+    """Linear layers (and embeddings) by name: those to replace, and why each other one is kept."""
 
     modules: dict[str, torch_nn.Module]
     kept: dict[str, str]
@@ -85,7 +96,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def select(model: torch_nn.Module, config=None, include=(), strict: bool = True) -> Selection:
-    """The linear layers of ``model`` that ``config`` quantises, and why the others are kept.
+    """The linear layers and embeddings of ``model`` that ``config`` quantises, and why the others are kept.
 
     Args:
         include: module names to quantise although a default rule would keep them, beside those in the config.
@@ -103,7 +114,7 @@ def select(model: torch_nn.Module, config=None, include=(), strict: bool = True)
     facts = Facts(model)
     chosen, kept = {}, {}
     for name, module in model.named_modules():
-        if not isinstance(module, torch_nn.Linear) and not nn.is_conv1d(module):
+        if not (is_linear(module) or (config.quantize_embeddings and isinstance(module, torch_nn.Embedding))):
             continue
         skip = next((pattern for pattern in skipped if matches(pattern, name)), None)
         force = next((pattern for pattern in included if matches(pattern, name)), None)
@@ -121,12 +132,46 @@ def select(model: torch_nn.Module, config=None, include=(), strict: bool = True)
             kept[name] = reason
         else:
             chosen[name] = module
+    if config.quantize_embeddings:
+        settle_ties(facts, chosen, kept)
     return Selection(chosen, kept)
 
 
 def select_modules(model: torch_nn.Module, config=None, include=(), strict: bool = True) -> dict[str, torch_nn.Module]:
-    """Name -> module for the linear layers that ``config`` quantises. Arguments as in ``select``."""
+    """Name -> module for the linear layers and embeddings that ``config`` quantises. Arguments as in ``select``."""
     return select(model, config, include, strict).modules
+
+
+def is_linear(module: torch_nn.Module) -> bool:
+    """Whether a module is a linear layer of torch or transformers, float or quantised."""
+    return isinstance(module, torch_nn.Linear) or nn.is_conv1d(module)
+
+
+def settle_ties(facts: Facts, chosen: dict, kept: dict) -> None:
+    """Quantise all that is tied to a chosen embedding, or nothing of it."""
+    groups = {}
+    for name in [*chosen, *kept]:
+        groups.setdefault(facts.root(name), []).append(name)
+    for names in groups.values():
+        if not any(name in chosen and isinstance(chosen[name], torch_nn.Embedding) for name in names):
+            continue
+        obstacle = next((name for name in names if kept.get(name, TIE_REASONS[0]) not in TIE_REASONS), None)
+        for name in names:
+            if obstacle is None and name in kept:
+                del kept[name]
+                chosen[name] = facts.modules[name]
+            elif obstacle is not None and name in chosen:
+                del chosen[name]
+                kept[name] = f"tied to {obstacle}, which stays float"
+
+
+def tied_names(model: torch_nn.Module, names) -> dict[str, str]:
+    """Of the modules of these names, those with the weight of another one -> the other: an embedding that several
+    share comes first. Tells what ``model`` says before anything is replaced."""
+    facts, first = Facts(model), {}
+    for name in sorted(names, key=lambda name: not isinstance(facts.modules[name], torch_nn.Embedding)):
+        first.setdefault(facts.root(name), name)
+    return {name: first[facts.root(name)] for name in names if first[facts.root(name)] != name}
 
 
 def check_patterns(model: torch_nn.Module, patterns, argument: str) -> None:
@@ -159,18 +204,36 @@ class Facts:
         }
         uses = Counter(id(parameter) for module in self.modules.values() for parameter in module._parameters.values())
         self.tied = {identity for identity, count in uses.items() if count > 1}
-        declared = getattr(model, "all_tied_weights_keys", None) or {}
-        self.tied_names = (
-            {name.removesuffix(".weight") for pair in declared.items() for name in pair}
-            if isinstance(declared, dict)
-            else set()
-        )
+        declared = getattr(model, "all_tied_weights_keys", None)
+        declared = declared.items() if isinstance(declared, dict) else ()
+        self.sources = {target.removesuffix(".weight"): source.removesuffix(".weight") for target, source in declared}
+        self.tied_names = self.sources.keys() | set(self.sources.values())
+        self.owners = {}  # id of a weight -> the first module that has it
+        for name, module in self.modules.items():
+            self.owners.setdefault(id(module._parameters.get("weight")), name)
+        tables = [table for module in self.modules.values() for table in input_embeddings(module)]
+        self.token_tables = {id(table) for table in tables} if is_hf else None
         self.fp32 = [
             *(getattr(model, "_keep_in_fp32_modules", None) or ()),
             *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
         ]
         last = next((name for name, _ in reversed(list(model.named_parameters()))), "")
         self.last = last.rpartition(".")[0] if is_hf else None
+
+    def root(self, name: str) -> str:
+        """The module whose weight is that of module ``name``: itself, if it is not tied. On meta, where ties are made
+        later, what the model declares counts."""
+        weight = self.modules[name]._parameters.get("weight")
+        if weight is None:
+            return name
+        name = self.owners[id(weight)]
+        return self.sources.get(name, name) if weight.is_meta else name
+
+    def is_token_table(self, name: str) -> bool:
+        """Whether an embedding, or what it is tied to, looks up tokens; of a model that does not say, each does."""
+        if self.token_tables is None:
+            return True
+        return any(id(self.modules[n]) in self.token_tables for n in (name, self.root(name)) if n in self.modules)
 
     def ancestors(self, name: str) -> Iterator[tuple[torch_nn.Module, str]]:
         """Each module above ``name`` and the rest of the name from there, innermost first."""
@@ -179,10 +242,21 @@ class Facts:
             yield self.modules[".".join(parts[:i])], ".".join(parts[i:])
 
 
+def input_embeddings(module: torch_nn.Module) -> list[torch_nn.Module]:
+    """What a transformers model calls its input embeddings; [] for other modules, and for models without tokens."""
+    try:
+        table = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+    except (NotImplementedError, AttributeError):
+        return []
+    return [] if table is None else [table]
+
+
 def not_replaceable(module: torch_nn.Module) -> str | None:
     """Why a layer cannot be replaced at all, or None."""
-    if isinstance(module, nn.QuantizedLinear):
+    if isinstance(module, PackedModule):
         return "already quantised"
+    if getattr(module, "max_norm", None) is not None:
+        return "its max_norm writes to the weight"
     if isinstance(module, torch_nn.Linear) and type(module) is not torch_nn.Linear:
         return f"subclass of nn.Linear: {type(module).__module__}.{type(module).__qualname__}"
     if not isinstance(module._parameters.get("weight"), torch_nn.Parameter):
@@ -194,6 +268,8 @@ def keep_reason(name: str, module: torch_nn.Module, facts: Facts) -> str | None:
     """The default rule that keeps a linear layer in float, or None. The table is at the head of this file."""
     parts = set(name.split("."))
     last = name.rpartition(".")[2]
+    if isinstance(module, torch_nn.Embedding):
+        return (None if facts.is_token_table(name) else "not of tokens") or kept_by_owner(name, parts, facts)
     if id(module) in facts.heads or parts & OUTPUT_HEADS:
         return "output head"
     parent = next(facts.ancestors(name))[0] if name else None
@@ -209,6 +285,11 @@ def keep_reason(name: str, module: torch_nn.Module, facts: Facts) -> str | None:
         return "tied weight"
     if nn.dense_weight(module).shape[0] == 1:
         return "single output"
+    return kept_by_owner(name, parts, facts)
+
+
+def kept_by_owner(name: str, parts: set, facts: Facts) -> str | None:
+    """The rules that look at where a module is, and not at what it is."""
     if any(matches(pattern, name) for pattern in facts.fp32):
         return "kept in fp32 by the model"
     if name == facts.last:
@@ -233,15 +314,25 @@ def looks_like_moe(module: torch_nn.Module) -> bool:
 # ------------------------------------------------------------------ replacing
 
 
-def make_layer(module: torch_nn.Module, config=None, device=None) -> nn.QuantizedLinear:
+def make_layer(module: torch_nn.Module, config=None, source=None, *, device=None) -> PackedMatrix:
     """A quantised layer for a float one.
 
     Args:
-        module: nn.Linear or Conv1D; left as it is.
+        module: nn.Linear, Conv1D or nn.Embedding; left as it is.
+        source: the quantised module that this one is tied to: its packed Parameters are used.
         device: None quantises the weight where it lies (a layer on meta stays unfilled); "meta" makes an
             unfilled layer of the same sizes, to be loaded later.
     """
     config = resolve_config(config)
+    if source is not None:
+        layer = make_layer(module, config, device="meta")
+        layer.tie_(source)
+        if getattr(module, "bias", None) is not None:
+            layer.bias = module.bias
+        return layer
+    if isinstance(module, torch_nn.Embedding):
+        kind = nn.Embedding4bit if config.bits == 4 else nn.Embedding8bit
+        return kind.from_embedding(module, device, **config.embedding_settings())
     kind = nn.Linear4bit if config.bits == 4 else nn.Linear8bitLt
     if device is not None and torch.device(device).type == "meta":
         weight = nn.dense_weight(module)
@@ -276,7 +367,7 @@ def quantize_model(
     include=(),
     progress=None,
 ) -> Report:
-    """Quantise the linear layers of a model in place, and place the model if asked.
+    """Quantise the linear layers of a model in place, and its embeddings if ``config`` says so; place it if asked.
 
     Args:
         model: any nn.Module with its weights in memory; on the meta device its layers are replaced unfilled.
@@ -294,13 +385,13 @@ def quantize_model(
     less than 90 % of the bytes outside embeddings and ``skip_modules`` were quantised.
 
     Raises ValueError for a weight with NaN or Inf, naming the layer and the index, and for names that match nothing;
-    TypeError for a model that is itself a linear layer. The model is usable after an error: layers replaced before
+    TypeError for a model that is itself a layer. The model is usable after an error: layers replaced before
     it stay quantised, the others are as they were.
     """
-    if isinstance(model, torch_nn.Linear) or nn.is_conv1d(model):
+    if is_linear(model) or isinstance(model, torch_nn.Embedding):
         raise TypeError(
             f"quantize_model: the model is a {type(model).__name__} and cannot replace itself; "
-            "use Linear4bit.from_linear"
+            "use Linear4bit.from_linear or Embedding4bit.from_embedding"
         )
     config = resolve_config(config)
     if device_map is not None:
@@ -313,14 +404,17 @@ def quantize_model(
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
             owners.setdefault(id(module), []).append(name)
-    places = {name: owners[id(module)] for name, module in selection.modules.items()}
+    tied = tied_names(model, selection.modules) if config.quantize_embeddings else {}
+    ordered = sorted(selection.modules, key=tied.__contains__)  # what is tied follows what it is tied to
+    places = {name: owners[id(selection.modules[name])] for name in ordered}
     kept = selection.kept
     del selection, module  # nothing here may keep a float weight alive
 
     steps = Progress(progress, len(places))
     for done, (name, names) in enumerate(places.items()):
         try:
-            layer = make_layer(model.get_submodule(name), config)
+            source = model.get_submodule(tied[name]) if name in tied else None
+            layer = make_layer(model.get_submodule(name), config, source)
         except (ValueError, TypeError, RuntimeError) as error:
             kind = next(kind for kind in (ValueError, TypeError, RuntimeError) if isinstance(error, kind))
             raise kind(

@@ -15,6 +15,8 @@ import torch
 from torch import nn as torch_nn
 
 from . import _bnbq, nn, ops_library
+from .matrix import Format4bit, PackedMatrix
+from .state import LIKE
 
 # ------------------------------------------------------------------ sizes
 
@@ -31,20 +33,21 @@ def tensors_of(model: torch_nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def get_memory_footprint(model: torch_nn.Module) -> int:
     """Bytes of all parameters and buffers, tied ones counted once; offloaded ones count too."""
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in tensors_of(model))
+    return sum(size_of(tensor) for _, tensor in tensors_of(model))
 
 
 def count_parameters(model: torch_nn.Module, trainable: bool | None = None) -> int:
-    """Parameters of the model as if it were float: a quantised weight counts out_features * in_features.
+    """Parameters of the model as if it were float: a quantised weight counts its logical elements.
 
     Args:
         trainable: True counts only those that require a gradient, False only the others.
     """
     packed = {}  # the first of a layer's packed tensors stands for the weight, the others for nothing
     for module in model.modules():
-        if isinstance(module, nn.QuantizedLinear):
+        if isinstance(module, PackedMatrix):
             for i, name in enumerate(module.packed_spec()):
-                packed[id(module._parameters[name])] = module.in_features * module.out_features if i == 0 else 0
+                packed[id(module._parameters[name])] = math.prod(module.weight_shape) if i == 0 else 0
+            packed[id(module._parameters.get(LIKE))] = 0
     total = 0
     for parameter in model.parameters():
         # Scales may be made to require a gradient by accident; the quantised weight is frozen all the same.
@@ -114,12 +117,15 @@ class Report:
 
     def summary(self) -> str:
         linears = [row for row in self.rows if row.linear]
+        quantized = [row for row in linears if row.quantized]
+        tables = len(self.quantized) - len(quantized)
+        embeddings = f" and {tables} embedding{'s' if tables > 1 else ''}" if tables else ""
         if not self.quantized:
             return f"0 of {len(linears)} linear layers quantised, {readable(self.bytes)}"
         formats = sorted({row.format for row in self.quantized})
         kept = [row.name for row in linears if not row.quantized]
         line = (
-            f"{len(self.quantized)} of {len(linears)} linear layers quantised to {', '.join(formats)}: "
+            f"{len(quantized)} of {len(linears)} linear layers{embeddings} quantised to {', '.join(formats)}: "
             f"{self.fraction:.1%} of the bytes, "
             f"{self.bits:.2f} bits per weight, {readable(self.bytes_as_float)} -> {readable(self.bytes)}"
         )
@@ -192,8 +198,8 @@ def report(
         owned = {k: v for k, v in tensors.items() if first[id(v)] == (f"{name}.{k}" if name else k)}
         tied = [k for k in tensors if k not in owned]
         row = (
-            describe_quantized(name, module)
-            if isinstance(module, nn.QuantizedLinear)
+            describe_quantized(name, module, owned)
+            if isinstance(module, PackedMatrix)
             else describe_float(name, module, owned, kept)
         )
         if tied and not owned:
@@ -204,28 +210,32 @@ def report(
     return Report(rows)
 
 
-def describe_quantized(name: str, layer: nn.QuantizedLinear) -> Row:
-    packed = sum(layer._parameters[key].numel() * layer._parameters[key].element_size() for key in layer.packed_spec())
-    weights = layer.in_features * layer.out_features
-    bias = 0 if layer.bias is None else layer.bias.numel() * layer.bias.element_size()
-    count = weights + (0 if layer.bias is None else layer.bias.numel())
+def describe_quantized(name: str, layer: PackedMatrix, owned: dict) -> Row:
+    packed, weights = {key: layer._parameters[key] for key in layer.packed_spec()}, math.prod(layer.weight_shape)
+    others = [tensor for key, tensor in owned.items() if key not in packed]
+    logical = weights if "qweight" in owned else 0
+    linear = isinstance(layer, nn.QuantizedLinear)
     return Row(
         name,
         type(layer).__name__,
         format_name(layer),
-        8 * packed / max(weights, 1),
-        packed + bias,
-        count,
+        8 * sum(map(size_of, packed.values())) / max(weights, 1),
+        sum(map(size_of, owned.values())),
+        logical + sum(tensor.numel() for tensor in others if tensor is not layer._parameters.get(LIKE)),
         True,
         "",
-        explain(layer).kernel,
-        weights * layer.weight_dtype.itemsize + bias,
-        True,
+        explain(layer).kernel if linear else "decodes the rows asked for",
+        logical * layer.weight_dtype.itemsize + sum(map(size_of, others)),
+        linear,
     )
 
 
+def size_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def describe_float(name: str, module: torch_nn.Module, owned: dict, kept: dict) -> Row:
-    size = sum(tensor.numel() * tensor.element_size() for tensor in owned.values())
+    size = sum(map(size_of, owned.values()))
     count = sum(tensor.numel() for key, tensor in owned.items() if key in module._parameters)
     numbers = sum(tensor.numel() for tensor in owned.values())
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in owned.values()})
@@ -233,7 +243,7 @@ def describe_float(name: str, module: torch_nn.Module, owned: dict, kept: dict) 
     if linear:
         why = kept.get(name, "not quantised")
     elif isinstance(module, (torch_nn.Embedding, torch_nn.EmbeddingBag)):
-        why = "embedding"
+        why = f"embedding, {kept[name]}" if name in kept else "embedding"
     elif any(
         tensor.dim() >= 3 for key, tensor in owned.items() if key in module._parameters and "expert" in f"{name}.{key}"
     ):
@@ -255,15 +265,15 @@ def describe_float(name: str, module: torch_nn.Module, owned: dict, kept: dict) 
     )
 
 
-def format_name(layer: nn.QuantizedLinear) -> str:
-    if isinstance(layer, nn.Linear4bit):
+def format_name(layer: PackedMatrix) -> str:
+    if isinstance(layer, Format4bit):
         return f"{layer.quant_type}/{layer.blocksize}" + ("+dq" if layer.double_quant else "")
     return f"int8/{layer.blocksize or 'row'}"
 
 
 def find_kept(model: torch_nn.Module) -> dict[str, str]:
     """Linear layer -> why it is float, by the settings the model was quantised with; {} for a float model."""
-    if not any(isinstance(module, nn.QuantizedLinear) for module in model.modules()):
+    if not any(isinstance(module, PackedMatrix) for module in model.modules()):
         return {}
     from .config import BnbqConfig
     from .replace import select
@@ -272,14 +282,15 @@ def find_kept(model: torch_nn.Module) -> dict[str, str]:
     return select(model, config if isinstance(config, BnbqConfig) else None, strict=False).kept
 
 
-def relative_error(name: str, layer: nn.QuantizedLinear, against: torch_nn.Module) -> float | None:
+def relative_error(name: str, layer: PackedMatrix, against: torch_nn.Module) -> float | None:
     try:
-        weight = nn.dense_weight(against.get_submodule(name))
+        other = against.get_submodule(name)
+        weight = other.weight.detach() if isinstance(other, torch_nn.Embedding) else nn.dense_weight(other)
     except (AttributeError, TypeError) as error:
         raise ValueError(f"report: against has no linear layer {name!r}: {error}") from None
-    if tuple(weight.shape) != (layer.out_features, layer.in_features):
+    if tuple(weight.shape) != layer.weight_shape:
         raise ValueError(
-            f"report: {name} is {[layer.out_features, layer.in_features]}, in against it is {list(weight.shape)}"
+            f"report: {name} is {list(layer.weight_shape)}, in against it is {list(weight.shape)}"
         )
     if weight.is_meta or layer.qweight.is_meta:
         return None

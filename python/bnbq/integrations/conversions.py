@@ -19,7 +19,6 @@ from __future__ import annotations
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from .. import nn
 from ..checkpoint import PACKED_NAMES, describe
 from ..checkpoint_bnb import (
     BNB4_KEYS,
@@ -29,8 +28,9 @@ from ..checkpoint_bnb import (
     native_from_bnb4,
     native_from_bnb8,
 )
+from ..packed import PackedModule
+from ..state import LIKE
 
-LAYERS = (nn.Linear4bit, nn.Linear8bitLt)
 BNB_KEYS = tuple(sorted({*BNB4_KEYS, *BNB8_KEYS}, key=len, reverse=True))
 
 
@@ -115,7 +115,7 @@ class QuantizeConverted(WeightConverter):
         for name, tensor in made.items():
             tensor = tensor[0] if isinstance(tensor, list) else tensor
             module, _, leaf = name.rpartition(".")
-            if leaf == "weight" and isinstance(model.get_submodule(module), LAYERS):
+            if leaf == "weight" and isinstance(model.get_submodule(module), PackedModule):
                 result.update(quantize_weight(model, module, tensor))
             else:
                 result[name] = tensor
@@ -143,8 +143,8 @@ class ReadBitsandbytes(Converter):
     def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
         name = layer_name.rpartition(".")[0]
         layer = model.get_submodule(name)
-        parts, shape = self.one_of_each(), (layer.out_features, layer.in_features)
-        if isinstance(layer, nn.Linear8bitLt):
+        parts, shape = self.one_of_each(), layer.weight_shape
+        if not hasattr(layer, "quant_type"):
             return packed_parameters(layer, name, native_from_bnb8(parts, name, shape)[0])
         notes: list[str] = []
         tensors = native_from_bnb4(parts, name, shape, notes)[0]
@@ -178,13 +178,13 @@ class WriteBitsandbytes(Converter):
                 tensors[leaf] = stored(model, f"{name}.{leaf}", parameter)
         parts = (
             bnb8_from_native(tensors, blocksize=layer.blocksize, layer=name)
-            if isinstance(layer, nn.Linear8bitLt)
+            if not hasattr(layer, "quant_type")
             else bnb4_from_native(
                 tensors,
                 quant_type=layer.quant_type,
                 blocksize=layer.blocksize,
                 dtype=layer.weight_dtype,
-                shape=(layer.out_features, layer.in_features),
+                shape=layer.weight_shape,
                 layer=name,
             )
         )
@@ -218,7 +218,7 @@ def quantize_weight(model, name: str, dense: torch.Tensor) -> dict:
         raise TypeError(
             f"{name}.weight is {describe(dense)}; wanted a float tensor. Is the checkpoint quantised in another way?"
         )
-    wanted = (layer.out_features, layer.in_features)
+    wanted = layer.weight_shape
     if getattr(layer, "source_cls", None) is not None and layer.source_cls.__name__ == "Conv1D":
         dense, wanted_in_file = dense.t().contiguous(), wanted[::-1]
     else:
@@ -234,7 +234,11 @@ def quantize_weight(model, name: str, dense: torch.Tensor) -> dict:
         tensors = layer._pack(dense)
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from None
-    return packed_parameters(layer, name, tensors)
+    result = packed_parameters(layer, name, tensors)
+    if LIKE in layer._parameters:
+        like = dense.new_zeros(1, dtype=layer.weight_dtype)
+        result[f"{name}.{LIKE}"] = torch.nn.Parameter(like, requires_grad=False)
+    return result
 
 
 def packed_parameters(layer, name: str, tensors: dict) -> dict:

@@ -84,11 +84,11 @@ class StoredCheckpoint:
     def where(self) -> str:
         return self.files[0] if len(self.files) == 1 else f"{self.files[0]} and {len(self.files) - 1} more"
 
-    def choose(self, linears: dict, rules: set) -> dict:
-        """Which of the model's linear layers are quantised: name -> StoredLayer.
+    def choose(self, layers: dict, rules: set) -> dict:
+        """Which of the model's layers are quantised: name -> StoredLayer.
 
         Args:
-            linears: every linear layer of the model by name.
+            layers: every linear layer and embedding of the model by name.
             rules: names of those that quantising this model afresh would choose.
 
         A layer that the files do not have at all is a hole if others like it are there (ValueError); otherwise it
@@ -98,7 +98,7 @@ class StoredCheckpoint:
         for name, layer in self.layers.items():
             if not layer.quantized:
                 continue
-            if name in linears:
+            if name in layers:
                 chosen[name] = layer
         for name in sorted(rules - set(chosen)):
             present = self.layers.get(name)
@@ -130,6 +130,7 @@ class StoredCheckpoint:
                 and name in modules
                 and not hasattr(modules[name], "in_features")
                 and type(modules[name]).__name__ != "Conv1D"
+                and not (layer.native and isinstance(modules[name], torch.nn.Embedding))
             ):
                 entry = next(e for leaf, e in layer.entries.items() if leaf != "weight")
                 raise ValueError(

@@ -23,10 +23,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import checkpoint, nn, placement
 from .. import config as settings
 from ..checkpoint import PACKED_NAMES
+from ..packed import PackedModule
 from ..side_branch import SideBranch
+from ..state import LIKE
 
 logger = logging.get_logger(__name__)
-LAYERS = (nn.Linear4bit, nn.Linear8bitLt)
 
 
 class BnbqConfig(settings.BnbqConfig, QuantizationConfigMixin):
@@ -51,6 +52,7 @@ class BnbqQuantizer(HfQuantizer):
         self.names: set[str] = set()  # of the quantised layers
         self.rules: set[str] = set()  # of those that quantising afresh would choose
         self.originals: dict = {}  # name -> the float layer on meta, while loading
+        self.tied: dict = {}  # name of a quantised layer -> the one whose weight it has, while loading
         self.checkpoint_files: list = []
         self.stored = None  # StoredCheckpoint, while loading a quantised one
         self.prefix = ""
@@ -132,20 +134,27 @@ class BnbqQuantizer(HfQuantizer):
 
     def plan_from_files(self, model, conversions) -> None:
         """Quantised layers where the files have them, in the format that the files have."""
+        from .. import replace
         from .stored import StoredCheckpoint
 
-        linears = {
+        layers = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) or nn.is_conv1d(module)
+            if replace.is_linear(module) or isinstance(module, torch.nn.Embedding)
         }
+        tied = replace.tied_names(model, layers)
         self.stored = StoredCheckpoint(self.checkpoint_files, file_renaming(model, conversions))
         self.stored.check_strangers(model)
-        chosen = self.stored.choose(linears, self.rules)
+        chosen = self.stored.choose(layers, self.rules - tied.keys())
         described = self.stored.bnb_settings(
             [name for name, layer in chosen.items() if not layer.native and layer.bits == 4]
         )
-        self.swap(model, {name: self.layer_config(layer, described.get(name)) for name, layer in chosen.items()})
+        configs = {name: self.layer_config(layer, described.get(name)) for name, layer in chosen.items()}
+        for name, source in tied.items():  # the files have one of those that are tied
+            config = configs.get(name) or configs.get(source)
+            if config is not None:
+                configs |= {other: config for other in (name, source) if other not in self.stored.layers}
+        self.swap(model, configs)
         for name, layer in chosen.items():
             layer.attach_branch(model.get_submodule(name))
             self.stored.check_layer(name, model.get_submodule(name))
@@ -171,6 +180,7 @@ class BnbqQuantizer(HfQuantizer):
         """Put unfilled quantised layers where the float layers of these names are."""
         from .. import replace
 
+        self.tied = replace.tied_names(model, configs)
         layers = {}
         for name, config in configs.items():
             module = self.originals[name] = model.get_submodule(name)
@@ -179,6 +189,7 @@ class BnbqQuantizer(HfQuantizer):
             layer._is_hf_initialized = True
         self.put(model, layers)
         self.names.update(configs)
+        name_ties(model)
 
     @staticmethod
     def put(model, modules: dict) -> None:
@@ -231,11 +242,13 @@ class BnbqQuantizer(HfQuantizer):
             coming.update(n.rpartition(".")[0] for n in names if n.endswith((".qweight", ".weight")))
         for entry in conversions:
             entry._was_used = False
+        coming.update(*(pair for pair in self.tied.items() if coming & {*pair}))
         new = sorted(self.names - coming)
         for name in new:
             logger.warning(f"bnbq: {name} stays in float: the checkpoint has no weight for it")
         self.put(model, {model.get_submodule(name): self.originals.pop(name) for name in new})
         self.names.difference_update(new)
+        name_ties(model)
 
     # ------------------------------------------------------------------ after the weights
 
@@ -259,12 +272,13 @@ class BnbqQuantizer(HfQuantizer):
             warnings.warn(
                 f"{names[0]}{f' and {len(names) - 1} other layers' if len(names) > 1 else ''}: {note}", stacklevel=2
             )
-        self.originals, self.checkpoint_files, self.stored, self.notes = {}, [], None, {}
+        self.originals, self.tied, self.checkpoint_files, self.stored, self.notes = {}, {}, [], None, {}
         self.finish(model)
         return model
 
     def finish(self, model) -> None:
         """What saving and pushing a quantised model need."""
+        name_ties(model)
         self.keep_for_saving(model)
         model.add_model_tags([self.quantization_config.quant_method])
         model._upload_modified_files = UploadWithCard()
@@ -294,6 +308,8 @@ class BnbqQuantizer(HfQuantizer):
             if not isinstance(entry, Converter) and not (isinstance(entry, WeightConverter) and reverts(entry, ours)):
                 kept.append(entry)
         if self.quantization_config.checkpoint_format == "bitsandbytes":
+            if any(isinstance(module, nn.QuantizedEmbedding) for module in model.modules()):
+                raise ValueError("checkpoint_format='bitsandbytes': bitsandbytes has no format for embeddings")
             kept.append(ReadBitsandbytes(self))
             self.spell_out_skips(model)
         model._weight_conversions = kept
@@ -302,10 +318,12 @@ class BnbqQuantizer(HfQuantizer):
         """bitsandbytes drops its default skips once modules are named, so what it must skip is written out in full."""
         from transformers.quantizers.quantizers_utils import should_convert_module
 
+        from .. import replace
+
         linears = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) or nn.is_conv1d(module)
+            if replace.is_linear(module)
         ]
         default = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         if {name for name in linears if should_convert_module(name, default)} != self.names:
@@ -326,10 +344,12 @@ class BnbqQuantizer(HfQuantizer):
                     'save with checkpoint_format="bnbq"'
                 )
         if not getattr(model, "_hf_peft_config_loaded", False):
+            tied = getattr(model, "all_tied_weights_keys", {})  # saved under the names of what they are tied to
             for name, module in model.named_modules():
-                if isinstance(module, LAYERS):
+                if isinstance(module, PackedModule):
                     for leaf in module.packed_spec():
-                        tensors[f"{name}.{leaf}"] = stored(model, f"{name}.{leaf}", getattr(module, leaf))
+                        if f"{name}.{leaf}" not in tied:
+                            tensors[f"{name}.{leaf}"] = stored(model, f"{name}.{leaf}", getattr(module, leaf))
             card_beside_the_files(sys._getframe(1))
         metadata = {"bnbq_version": str(self.quantization_config.version)}
         return None, {
@@ -339,7 +359,7 @@ class BnbqQuantizer(HfQuantizer):
 
     def _dequantize(self, model, dtype=None):
         """Float layers of the kind there was before, in ``dtype``. Needs the packed tensors in memory."""
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
         kinds = original_kinds(model, layers)
         for name, layer in layers.items():
             if layer.qweight.device.type == "meta":
@@ -348,6 +368,8 @@ class BnbqQuantizer(HfQuantizer):
                 )
             self.put(model, {layer: float_layer(layer, dtype, kinds[name])})
             self.names.discard(name)
+        name_ties(model)
+        model.tie_weights(recompute_mapping=False)
         model.__dict__.pop("_upload_modified_files", None)
         if model.model_tags is not None:
             model.model_tags = [tag for tag in model.model_tags if tag != self.quantization_config.quant_method]
@@ -355,6 +377,27 @@ class BnbqQuantizer(HfQuantizer):
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def name_ties(model) -> None:
+    """Have Transformers tie the packed tensors of quantised layers, and the weights of float ones.
+
+    It ties by the names of Parameters that a model class declares, ``lm_head.weight``. What replaces them is set on
+    the models alone. Idempotent, and undone by calling it again with float layers in place.
+    """
+    for part in model.modules():
+        declared, named = part.__dict__.get("all_tied_weights_keys") or {}, {}
+        for target, source in declared.items():
+            (name, _, leaf), (other, _, _) = target.rpartition("."), source.rpartition(".")
+            if leaf in ("weight", "qweight"):
+                layers = part.get_submodule(name), part.get_submodule(other)
+                packed = all(isinstance(layer, PackedModule) for layer in layers)
+                leaves = layers[0].tied_parameters(layers[1]) if packed else ["weight"]
+                named |= {f"{name}.{leaf}": f"{other}.{leaf}" for leaf in leaves}
+            elif leaf not in (LIKE, *PACKED_NAMES):
+                named[target] = source
+        if named != declared:
+            part.all_tied_weights_keys, part._tied_weights_keys = named, dict(named)
 
 
 def original_kinds(model, layers: dict) -> dict:
@@ -369,21 +412,24 @@ def original_kinds(model, layers: dict) -> dict:
 
 
 def float_layer(layer, dtype: torch.dtype | None = None, kind: type = torch.nn.Linear, weight=None):
-    """The float layer that a quantised one stands for: nn.Linear, or Conv1D where it was one. Hooks move along.
+    """The float layer that a quantised one stands for, of the class that was there. Hooks move along.
 
-    ``weight`` [out_features, in_features] takes the place of the layer's own.
+    ``weight`` [out_features, in_features] takes the place of a linear layer's own.
     """
     from transformers.pytorch_utils import Conv1D
 
-    weight = layer.dequantize(dtype) if weight is None else weight
-    with torch.device("meta"):
-        if issubclass(kind, Conv1D):
-            new, weight = Conv1D(layer.out_features, layer.in_features), weight.t().contiguous()
-        else:
-            new = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    new.weight = torch.nn.Parameter(weight)
-    new.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias.detach().to(weight.dtype))
-    new.train(layer.training)
+    if isinstance(layer, nn.QuantizedEmbedding):
+        new = layer.to_embedding(dtype)
+    else:
+        weight = layer.dequantize(dtype) if weight is None else weight
+        with torch.device("meta"):
+            if issubclass(kind, Conv1D):
+                new, weight = Conv1D(layer.out_features, layer.in_features), weight.t().contiguous()
+            else:
+                new = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        new.weight = torch.nn.Parameter(weight)
+        new.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias.detach().to(weight.dtype))
+        new.train(layer.training)
     hook = getattr(layer, "_hf_hook", None)
     if hook is not None:
         from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -456,7 +502,7 @@ def card_beside_the_files(frame) -> None:
 def attach_config(model, config) -> None:
     """Make a model that `bnbq.quantize_model` quantised save and report like one that `from_pretrained` quantised."""
     quantizer = BnbqQuantizer(BnbqConfig.from_dict(config.to_native_dict()), pre_quantized=False)
-    quantizer.names = {name for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    quantizer.names = {name for name, module in model.named_modules() if isinstance(module, PackedModule)}
     model.is_quantized = True
     model.quantization_method = quantizer.quantization_config.quant_method
     model.hf_quantizer = quantizer
