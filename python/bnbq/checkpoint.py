@@ -197,11 +197,46 @@ def write_model_card(directory) -> Path:
 # ------------------------------------------------------------------ plain modules
 
 
+OPTIONAL_STR = (str, type(None))
+LINEAR = {
+    "in_features": int,
+    "out_features": int,
+    "bias": bool,
+    "weight_dtype": OPTIONAL_STR,
+    "compute_dtype": OPTIONAL_STR,
+    "blocksize": int,
+}
+EMBEDDING = {
+    "num_embeddings": int,
+    "embedding_dim": int,
+    "padding_idx": (int, type(None)),
+    "weight_dtype": OPTIONAL_STR,
+    "blocksize": int,
+}
+FOUR_BIT = {"quant_type": str, "double_quant": bool}
+LAYER_SETTINGS = {
+    "Linear4bit": {**LINEAR, **FOUR_BIT},
+    "Linear8bitLt": {**LINEAR, "threshold": (int, float)},
+    "Embedding4bit": {**EMBEDDING, **FOUR_BIT},
+    "Embedding8bit": EMBEDDING,
+}
+"""Class -> what ``bnbq.json`` says of a layer of it, and of which kinds; the first three are positional."""
+
+
 def layer_settings(layer) -> dict:
     """What is needed to build a quantised layer again, as JSON: class, sizes, format."""
     from . import nn
     from .side_branch import SideBranch
 
+    if isinstance(layer, nn.QuantizedEmbedding):
+        return {
+            "class": "Embedding4bit" if hasattr(layer, "quant_type") else "Embedding8bit",
+            "num_embeddings": layer.num_embeddings,
+            "embedding_dim": layer.embedding_dim,
+            "padding_idx": layer.padding_idx,
+            "weight_dtype": dtype_name(layer.weight_dtype),
+            **layer.format(),
+        }
     settings = {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
@@ -230,23 +265,15 @@ def layer_from_settings(settings: dict, where: str, device="meta"):
     from . import nn
     from .side_branch import attach_empty
 
-    if not isinstance(settings, dict) or settings.get("class") not in ("Linear4bit", "Linear8bitLt"):
+    if not isinstance(settings, dict) or settings.get("class") not in LAYER_SETTINGS:
         raise ValueError(f"{where}: {settings!r} describes no layer of bnbq")
     settings = dict(settings)
+    wanted = LAYER_SETTINGS[settings["class"]]
     build = getattr(nn, settings.pop("class"))
-    wanted = {
-        "in_features": int,
-        "out_features": int,
-        "bias": bool,
-        "weight_dtype": (str, type(None)),
-        "compute_dtype": (str, type(None)),
-        "blocksize": int,
-    }
-    wanted |= {"quant_type": str, "double_quant": bool} if build is nn.Linear4bit else {"threshold": (int, float)}
     if build is nn.Linear4bit and "activations" in settings:
-        wanted["activations"] = str
-    if "side_rank" in settings:
-        wanted |= {"side_rank": int, "side_dtype": str}
+        wanted = {**wanted, "activations": str}
+    if "side_rank" in settings and "in_features" in wanted:
+        wanted = {**wanted, "side_rank": int, "side_dtype": str}
     for key, kind in wanted.items():
         if key not in settings:
             raise ValueError(f"{where}: no {key!r} in its settings")
@@ -258,7 +285,7 @@ def layer_from_settings(settings: dict, where: str, device="meta"):
         raise ValueError(
             f"{where}: settings this version does not know: {', '.join(sorted(set(settings) - set(wanted)))}"
         )
-    sizes = settings.pop("in_features"), settings.pop("out_features"), settings.pop("bias")
+    sizes = [settings.pop(key) for key in list(wanted)[:3]]
     rank = settings.pop("side_rank", 0)
     for key in ("weight_dtype", "compute_dtype", "side_dtype"):
         if key in settings:
@@ -283,7 +310,7 @@ def save(model: torch.nn.Module, directory) -> Path:
     Any nn.Module will do; Transformers models have ``save_pretrained``. Tensors that share memory (tied weights)
     are written once. Returns the directory.
     """
-    from . import nn
+    from .packed import PackedModule
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -301,7 +328,7 @@ def save(model: torch.nn.Module, directory) -> Path:
     layers = {
         name: layer_settings(module)
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear4bit, nn.Linear8bitLt))
+        if isinstance(module, PackedModule)
     }
     settings = {"format": "bnbq", "version": VERSION, "layers": layers, "tied": tied}
     text = json.dumps(settings, indent=1, sort_keys=True)
@@ -379,19 +406,43 @@ def read_settings(path: Path) -> dict:
     return settings
 
 
-def replace_layer(modules: dict, name: str, layer: torch.nn.Module, where) -> None:
-    """Put ``layer`` where ``name`` is, if what is there has the same sizes."""
-    parent, _, leaf = name.rpartition(".")
-    old = modules.get(name)
-    if old is None or parent not in modules:
-        raise ValueError(f"{where}: the model has no layer {name!r}")
+def check_sizes(old, layer, name: str) -> None:
+    """ValueError if a linear layer of the model has other sizes than the one that comes in its place."""
     sizes = getattr(old, "in_features", None), getattr(old, "out_features", None)
     if sizes == (None, None) and type(old).__name__ == "Conv1D":
         sizes = tuple(old.weight.shape)
     if sizes != (layer.in_features, layer.out_features):
         raise ValueError(
-            f"{where}: {name} is {layer.in_features} -> {layer.out_features}; the model's is {sizes[0]} -> {sizes[1]}"
+            f"{name} is {layer.in_features} -> {layer.out_features}; the model's is {sizes[0]} -> {sizes[1]}"
         )
+
+
+def fitting_embedding(old, layer, name: str):
+    """``layer``, or one like it with the forward of ``old``, the embedding of the model that it replaces."""
+    sizes = tuple(old.weight.shape) if isinstance(old, torch.nn.Embedding) else None
+    if sizes != layer.weight_shape:
+        raise ValueError(
+            f"{name} is an embedding of {list(layer.weight_shape)}; the model has "
+            f"{f'one of {list(sizes)}' if sizes else f'a {type(old).__name__}'} there"
+        )
+    if getattr(old, "float_class", type(old)) is torch.nn.Embedding:
+        return layer
+    old = old.to_embedding() if hasattr(old, "to_embedding") else old
+    return type(layer).from_embedding(old, "meta", weight_dtype=layer.weight_dtype, **layer.format())
+
+
+def replace_layer(modules: dict, name: str, layer: torch.nn.Module, where) -> None:
+    """Put ``layer`` where ``name`` is, if what is there has the same sizes."""
+    from . import nn
+
+    parent, _, leaf = name.rpartition(".")
+    old = modules.get(name)
+    if old is None or parent not in modules:
+        raise ValueError(f"{where}: the model has no layer {name!r}")
+    if isinstance(layer, nn.QuantizedEmbedding):
+        layer = fitting_embedding(old, layer, f"{where}: {name}")
+    else:
+        check_sizes(old, layer, f"{where}: {name}")
     layer.train(old.training)
     setattr(modules[parent], leaf, layer)
     modules[name] = layer

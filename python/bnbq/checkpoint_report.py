@@ -105,7 +105,7 @@ class Checkpoint:
             if name not in self.plain:
                 raise UserError(f"{self.path}: {checkpoint.SETTINGS} does not describe {name}")
             layer = checkpoint.layer_from_settings(self.plain[name], f"{self.path / checkpoint.SETTINGS}: {name}")
-            bits, shape = 4 if hasattr(layer, "quant_type") else 8, (layer.out_features, layer.in_features)
+            bits, shape = 4 if hasattr(layer, "quant_type") else 8, layer.weight_shape
             quant_type, blocksize = getattr(layer, "quant_type", "int8"), layer.blocksize
         elif self.method == "bnbq":
             bits, quant_type, blocksize = self.config.bits, self.config.quant_type, self.config.blocksize

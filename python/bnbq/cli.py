@@ -104,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
         "--blocksize", type=int, metavar="N", help="weights that share a scale (default 64; int8: 0, a whole row)"
     )
     p.add_argument("--double-quant", action="store_true", help="quantise the scales too (4-bit formats)")
+    p.add_argument(
+        "--quantize-embeddings", action="store_true", help="token embeddings too, and the head that is tied to them"
+    )
     p.add_argument("--skip", nargs="+", metavar="NAME", help="modules to leave alone, besides the default ones")
     p.add_argument("--compute-dtype", choices=("float32", "bfloat16", "float16"), help="default: the input's dtype")
     p.add_argument("--checkpoint-format", choices=("bnbq", "bitsandbytes"), default="bnbq", help="layout of the files")

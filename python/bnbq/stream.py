@@ -20,6 +20,8 @@ from . import checkpoint, checkpoint_bnb, ops, shards
 from .config import COMPUTE_DTYPES, BnbqConfig
 from .errors import UserError
 from .folders import check_places, copy_side_files, staging
+from .nn import is_conv1d
+from .state import LIKE
 
 FLOAT_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -54,6 +56,7 @@ class Summary:
     shards: int
     kept: list[str]
     copied: dict[str, int]  # bytes of what was copied, by name with * for numbers
+    what: str = "linear layers"  # what ``quantized`` and ``linears`` count
 
     def text(self) -> str:
         """One line: how much was quantised and what was not."""
@@ -65,7 +68,7 @@ class Summary:
             if size > 0.05 * self.bytes_before
         ]
         return (
-            f"{self.path}: {self.quantized} of {self.linears} linear layers, {share:.1f} % of the bytes, "
+            f"{self.path}: {self.quantized} of {self.linears} {self.what}, {share:.1f} % of the bytes, "
             f"{megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} MB in {self.shards} "
             f"file{'s' if self.shards != 1 else ''}{kept}{'; copied: ' + ', '.join(large[:4]) if large else ''}"
         )
@@ -128,6 +131,7 @@ def quantize_checkpoint(
         len(groups),
         kept,
         copied,
+        "linear layers and embeddings" if config.quantize_embeddings else "linear layers",
     )
 
 
@@ -224,8 +228,8 @@ class Names:
 
 
 def plan(model, source: shards.Source, config: BnbqConfig):
-    """(jobs in the files' order, names of the linear layers that stay float)."""
-    from .replace import select
+    """(jobs in the files' order, names of the layers that stay float)."""
+    from .replace import select, tied_names
 
     selection = select(model, config)
     selected, names, files = selection.modules, Names(model), source.locate()
@@ -271,12 +275,13 @@ def plan(model, source: shards.Source, config: BnbqConfig):
                 module,
                 (n, k),
                 transposed,
-                [f"{prefix}.{part}" for part in stored_parts(config)],
+                [f"{prefix}.{part}" for part in (*stored_parts(config), *float_parts(selected[module]))],
                 [f"{checkpoint.CRC_PREFIX}{prefix}.{part}" for part in native],
                 packed_size(n, k, config),
             )
         )
-    lost = sorted(selected.keys() - found.keys())
+    tied = {name for pair in tied_names(model, selected).items() if found.keys() & {*pair} for name in pair}
+    lost = sorted(selected.keys() - found.keys() - tied)
     if holes := [name for name in lost if wildcards(name) in set(map(wildcards, found))]:
         raise UserError(f"{source.folder}: has no weight for {', '.join(holes[:3])}{' ...' if len(holes) > 3 else ''}")
     return jobs, sorted([*selection.kept, *lost])  # a head that no file has is left to from_pretrained, which says so
@@ -288,11 +293,11 @@ def wildcards(name: str) -> str:
 
 
 def layer_shape(module) -> tuple[int, int, bool]:
-    """(out_features, in_features, is the weight stored as [in, out])."""
-    if isinstance(module, torch.nn.Linear):
-        return module.out_features, module.in_features, False
-    k, n = module.weight.shape
-    return n, k, True
+    """(n, k, is the weight stored as [k, n])."""
+    if is_conv1d(module):
+        k, n = module.weight.shape
+        return n, k, True
+    return *module.weight.shape, False
 
 
 def native_parts(config: BnbqConfig) -> list[str]:
@@ -308,6 +313,11 @@ def stored_parts(config: BnbqConfig) -> list[str]:
         return list(checkpoint_bnb.BNB8_KEYS)
     nested = ["weight.nested_absmax", "weight.nested_quant_map"] if config.double_quant else []
     return ["weight", "weight.absmax", "weight.quant_map", *nested, checkpoint_bnb.QUANT_STATE + config.quant_type]
+
+
+def float_parts(module) -> list[str]:
+    """Names of the float tensors that come into the file with a module's packed ones."""
+    return [LIKE] if isinstance(module, torch.nn.Embedding) else []
 
 
 def packed_size(n: int, k: int, config: BnbqConfig) -> int:
@@ -396,6 +406,8 @@ def convert(job: Job, source: shards.Source, config: BnbqConfig, dtype: torch.dt
                 layer=job.module,
             )
         )
+    if f"{job.prefix}.{LIKE}" in job.outputs:
+        named = {**named, LIKE: torch.zeros(1, dtype=dtype)}
     return {f"{job.prefix}.{part}": value for part, value in named.items()}, tuple(native.values())
 
 
@@ -439,6 +451,7 @@ def main(arguments) -> int:
         double_quant=arguments.double_quant or None,
         compute_dtype=arguments.compute_dtype,
         skip_modules=arguments.skip,
+        quantize_embeddings=arguments.quantize_embeddings or None,
         checkpoint_format=arguments.checkpoint_format,
     )
     import transformers

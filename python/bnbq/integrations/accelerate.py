@@ -19,8 +19,10 @@ import torch
 
 from .. import _bnbq, placement, replace
 from ..checkpoint import PACKED_NAMES, describe, opened
-from ..nn import QuantizedLinear, is_conv1d
+from ..nn import QuantizedEmbedding, QuantizedLinear, is_conv1d
+from ..packed import PackedModule
 from ..side_branch import PARTS, attach_empty
+from ..state import LIKE
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -68,7 +70,7 @@ def load_and_quantize(
         )
     config = replace.resolve_config(config)
     files = checkpoint_files(Path(weights_location))
-    transposed = swap_layers(model, config, *stored_packed(files))
+    transposed, aliases = swap_layers(model, config, *stored_packed(files))
     device_map = default_device_map(device_map)
     if isinstance(device_map, str) and device_map in placement.STRATEGIES:
         if no_split_module_classes is not None:
@@ -78,7 +80,7 @@ def load_and_quantize(
         device_map = {"": device_map}
     placement.check_device_map(model, device_map, offload_folder)
     offloaded = Offload(model, offload_folder if "disk" in device_map.values() else None)
-    Loader(model, device_map, transposed, offloaded).load(files)
+    Loader(model, device_map, transposed, aliases, offloaded).load(files)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     replace.mark(model, config)
@@ -108,19 +110,36 @@ def default_device_map(device_map):
 # ------------------------------------------------------------------ the model
 
 
-def swap_layers(model, config, packed: set, branches: dict) -> dict:
-    """Replace the layers by unfilled quantised ones; returns name -> is the float weight stored transposed."""
-    result = {}
-    for name, module in replace.select_modules(model, config).items():
-        if packed and name not in packed:
+def swap_layers(model, config, packed: set, branches: dict) -> tuple[dict, dict]:
+    """Replace the layers by unfilled quantised ones.
+
+    Returns (name -> is the float weight stored transposed, name of a Parameter -> those of all that are tied to it).
+    """
+    transposed, aliases = {}, {}
+    chosen = replace.select_modules(model, config)
+    tied = replace.tied_names(model, chosen)
+    stored = {tied.get(name, name) for name in packed}
+    for name, module in chosen.items():
+        if packed and tied.get(name, name) not in stored:
             continue
         layer = replace.make_layer(module, config, device="meta")
         layer.source_cls = type(module)
         if name in branches:
             attach_empty(layer, *branches[name])
-        result[name] = is_conv1d(module)
+        transposed[name] = is_conv1d(module)
         model.set_submodule(name, layer)
-    return result
+    for name, source in tied.items():
+        if name not in transposed:
+            continue
+        for leaf in model.get_submodule(name).tied_parameters(model.get_submodule(source)):
+            group = aliases.setdefault(f"{source}.{leaf}", [f"{source}.{leaf}"])
+            group.append(f"{name}.{leaf}")
+            aliases[f"{name}.{leaf}"] = group
+    if hasattr(model, "all_tied_weights_keys"):
+        from .transformers import name_ties
+
+        name_ties(model)
+    return transposed, aliases
 
 
 class Offload:
@@ -151,8 +170,8 @@ class Offload:
 class Loader:
     """Puts each tensor of the files where it belongs."""
 
-    def __init__(self, model, device_map: dict, transposed: dict, offloaded: Offload):
-        self.model, self.transposed, self.offloaded = model, transposed, offloaded
+    def __init__(self, model, device_map: dict, transposed: dict, aliases: dict, offloaded: Offload):
+        self.model, self.transposed, self.aliases, self.offloaded = model, transposed, aliases, offloaded
         self.device_map = device_map
         self.wanted = dict(model.state_dict())
         self.done = set()
@@ -168,6 +187,9 @@ class Loader:
                     self.put(name, read())
                 else:
                     unexpected.append(name)
+        for name, module in self.model.named_modules():
+            if isinstance(module, QuantizedEmbedding) and f"{name}.{LIKE}" not in self.done:
+                self.store(f"{name}.{LIKE}", torch.zeros(1, dtype=module.weight_dtype))
         missing = sorted(set(self.wanted) - self.done - self.tied())
         if missing:
             raise ValueError(
@@ -214,25 +236,30 @@ class Loader:
     def put(self, name: str, tensor: torch.Tensor) -> None:
         wanted = self.wanted[name]
         packed = name.rpartition(".")[2] in PACKED_NAMES and isinstance(
-            self.model.get_submodule(name.rpartition(".")[0]), QuantizedLinear
+            self.model.get_submodule(name.rpartition(".")[0]), PackedModule
         )
         if tensor.shape != wanted.shape or (packed and tensor.dtype != wanted.dtype):
             raise ValueError(f"load_and_quantize: {name} is {describe(tensor)}; wanted {describe(wanted)}")
         self.store(name, tensor)
 
     def store(self, name: str, tensor: torch.Tensor) -> None:
-        self.done.add(name)
-        parent, _, leaf = name.rpartition(".")
-        owner = self.model.get_submodule(parent)
-        if self.device(name) == "disk" and leaf in owner._parameters:
-            self.offloaded.add(name, tensor)
-            return
-        tensor = tensor.to(self.device(name, loading=True))
-        if leaf in owner._parameters:
-            frozen = not owner._parameters[leaf].requires_grad or not tensor.is_floating_point()
-            owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=not frozen)
-        else:
-            owner._buffers[leaf] = tensor
+        """Put a tensor under its name and those of what is tied to it: one Parameter for all on a device."""
+        placed = {}
+        for alias in self.aliases.get(name, [name]):
+            self.done.add(alias)
+            parent, _, leaf = alias.rpartition(".")
+            owner = self.model.get_submodule(parent)
+            if self.device(alias) == "disk" and leaf in owner._parameters:
+                self.offloaded.add(alias, tensor)
+                continue
+            device = self.device(alias, loading=True)
+            if leaf in owner._parameters:
+                frozen = not owner._parameters[leaf].requires_grad or not tensor.is_floating_point()
+                if device not in placed:
+                    placed[device] = torch.nn.Parameter(tensor.to(device), requires_grad=not frozen)
+                owner._parameters[leaf] = placed[device]
+            else:
+                owner._buffers[leaf] = tensor.to(device)
 
 
 # ------------------------------------------------------------------ the files
