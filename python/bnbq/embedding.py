@@ -135,6 +135,14 @@ class QuantizedEmbedding(PackedMatrix, nn.Embedding):
         """Those rows of the table, [ids, k]."""
         raise NotImplementedError
 
+    def _check_dense(self, dense) -> None:
+        if isinstance(dense, torch.Tensor) and dense.shape[1:] == (self.embedding_dim,) and len(dense) != self.num_embeddings:
+            raise ValueError(
+                f"{self.describe()}: the new weight has {len(dense)} rows, expected {self.num_embeddings}; "
+                "resize the embeddings of the float model, before it is quantised"
+            )
+        super()._check_dense(dense)
+
     def describe(self) -> str:
         """For messages: "Embedding4bit(32000, 4096, nf4)"."""
         n, k = self.weight_shape

@@ -166,12 +166,16 @@ def settle_ties(facts: Facts, chosen: dict, kept: dict) -> None:
 
 
 def tied_names(model: torch_nn.Module, names) -> dict[str, str]:
-    """Of the modules of these names, those with the weight of another one -> the other: an embedding that several
-    share comes first. Tells what ``model`` says before anything is replaced."""
-    facts, first = Facts(model), {}
-    for name in sorted(names, key=lambda name: not isinstance(facts.modules[name], torch_nn.Embedding)):
-        first.setdefault(facts.root(name), name)
-    return {name: first[facts.root(name)] for name in names if first[facts.root(name)] != name}
+    """Of the modules of these names, those with the weight of another one -> the other, the same for all that share
+    it: an embedding, if there is one. Tells what ``model`` says before anything is replaced."""
+    facts, sources = Facts(model), {}
+    roots = {name: facts.root(name) for name in names}
+    for name, root in roots.items():
+        if name == root or isinstance(facts.modules[name], torch_nn.Embedding):
+            sources.setdefault(root, name)
+        if name == root and isinstance(facts.modules[name], torch_nn.Embedding):
+            sources[root] = name
+    return {name: sources[root] for name, root in roots.items() if sources.get(root, name) != name}
 
 
 def check_patterns(model: torch_nn.Module, patterns, argument: str) -> None:

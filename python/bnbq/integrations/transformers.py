@@ -186,7 +186,8 @@ class BnbqQuantizer(HfQuantizer):
             module = self.originals[name] = model.get_submodule(name)
             layer = layers[module] = replace.make_layer(module, config, device="meta")
             layer.source_cls = type(module)  # Conv1D stores its weight transposed, and is what dequantising restores
-            layer._is_hf_initialized = True
+            # A buffer of an embedding that no file has (a scale) is for the model's own initialisation.
+            layer._is_hf_initialized = not layer._buffers
         self.put(model, layers)
         self.names.update(configs)
         name_ties(model)
@@ -242,8 +243,8 @@ class BnbqQuantizer(HfQuantizer):
             coming.update(n.rpartition(".")[0] for n in names if n.endswith((".qweight", ".weight")))
         for entry in conversions:
             entry._was_used = False
-        coming.update(*(pair for pair in self.tied.items() if coming & {*pair}))
-        new = sorted(self.names - coming)
+        coming = {self.tied.get(name, name) for name in coming}
+        new = sorted(name for name in self.names if self.tied.get(name, name) not in coming)
         for name in new:
             logger.warning(f"bnbq: {name} stays in float: the checkpoint has no weight for it")
         self.put(model, {model.get_submodule(name): self.originals.pop(name) for name in new})
