@@ -136,9 +136,10 @@ class QuantizedEmbedding(PackedMatrix, nn.Embedding):
         raise NotImplementedError
 
     def _check_dense(self, dense) -> None:
-        if isinstance(dense, torch.Tensor) and dense.shape[1:] == (self.embedding_dim,) and len(dense) != self.num_embeddings:
+        n, k = self.weight_shape
+        if isinstance(dense, torch.Tensor) and dense.shape[1:] == (k,) and len(dense) != n:
             raise ValueError(
-                f"{self.describe()}: the new weight has {len(dense)} rows, expected {self.num_embeddings}; "
+                f"{self.describe()}: the new weight has {len(dense)} rows, expected {n}; "
                 "resize the embeddings of the float model, before it is quantised"
             )
         super()._check_dense(dense)

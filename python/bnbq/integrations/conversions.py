@@ -76,7 +76,7 @@ class Quantize(Converter):
         return f"{module}.qweight", "weight"
 
     def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
-        return quantize_weight(model, layer_name.rpartition(".")[0], self.one_of_each()["weight"])
+        return quantize_weight(model, layer_name.rpartition(".")[0], self.one_of_each()["weight"], self.quantizer)
 
     def reverse_transform(self):
         raise NotImplementedError("a quantised weight is not saved as the float weight it came from")
@@ -116,7 +116,7 @@ class QuantizeConverted(WeightConverter):
             tensor = tensor[0] if isinstance(tensor, list) else tensor
             module, _, leaf = name.rpartition(".")
             if leaf == "weight" and isinstance(model.get_submodule(module), PackedModule):
-                result.update(quantize_weight(model, module, tensor))
+                result.update(quantize_weight(model, module, tensor, self.quantizer))
             else:
                 result[name] = tensor
         return result
@@ -211,8 +211,10 @@ def stored(model, name: str, parameter: torch.Tensor) -> torch.Tensor:
     return load_offloaded_parameter(model, name)
 
 
-def quantize_weight(model, name: str, dense: torch.Tensor) -> dict:
-    """Packed parameters, by full name, for the dense weight of the layer ``name``; transposed first for a Conv1D."""
+def quantize_weight(model, name: str, dense: torch.Tensor, quantizer) -> dict:
+    """Packed parameters, by full name, for the dense weight of the layer ``name``; transposed first for a Conv1D.
+    With them comes what the layers that share the weight need: the further Parameters of embeddings, and a copy of
+    their own where they are offloaded to disk, since Transformers ties what is in memory."""
     layer = model.get_submodule(name)
     if not dense.is_floating_point():
         raise TypeError(
@@ -235,9 +237,13 @@ def quantize_weight(model, name: str, dense: torch.Tensor) -> dict:
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from None
     result = packed_parameters(layer, name, tensors)
-    if LIKE in layer._parameters:
-        like = dense.new_zeros(1, dtype=layer.weight_dtype)
-        result[f"{name}.{LIKE}"] = torch.nn.Parameter(like, requires_grad=False)
+    for other in quantizer.sharing(name):
+        sharer = model.get_submodule(other)
+        if LIKE in sharer._parameters:
+            like = dense.new_zeros(1, dtype=layer.weight_dtype)
+            result[f"{other}.{LIKE}"] = torch.nn.Parameter(like, requires_grad=False)
+        if quantizer.is_on_disk(other):
+            result |= packed_parameters(sharer, other, tensors)
     return result
 
 

@@ -53,6 +53,7 @@ class BnbqQuantizer(HfQuantizer):
         self.rules: set[str] = set()  # of those that quantising afresh would choose
         self.originals: dict = {}  # name -> the float layer on meta, while loading
         self.tied: dict = {}  # name of a quantised layer -> the one whose weight it has, while loading
+        self.device_map: dict | None = None
         self.checkpoint_files: list = []
         self.stored = None  # StoredCheckpoint, while loading a quantised one
         self.prefix = ""
@@ -78,7 +79,8 @@ class BnbqQuantizer(HfQuantizer):
             import transformers
 
             raise ImportError(f"bnbq needs transformers 5.23 or later; {transformers.__version__} is installed")
-        for device in device_map.values() if isinstance(device_map, dict) else ():
+        self.device_map = device_map if isinstance(device_map, dict) else None
+        for device in (self.device_map or {}).values():
             if placement.as_device(device) != "disk":
                 placement.check_device_is_there(placement.as_device(device))
 
@@ -199,6 +201,17 @@ class BnbqQuantizer(HfQuantizer):
             if module in modules:
                 model.set_submodule(name, modules[module])
 
+    def sharing(self, name: str) -> set:
+        """Names of the quantised layers that have the weight of this one, itself included; while loading."""
+        source = self.tied.get(name, name)
+        return {name, source, *(other for other in self.tied if self.tied[other] == source)}
+
+    def is_on_disk(self, name: str) -> bool:
+        """Does the device map send this layer to disk?"""
+        from transformers.integrations.accelerate import get_device
+
+        return self.device_map is not None and get_device(self.device_map, f"{name}.qweight") == "disk"
+
     def owns(self, name: str) -> bool:
         """Is ``name``, which may have the base model's prefix or lack it, one of the quantised layers?"""
         return (
@@ -243,8 +256,7 @@ class BnbqQuantizer(HfQuantizer):
             coming.update(n.rpartition(".")[0] for n in names if n.endswith((".qweight", ".weight")))
         for entry in conversions:
             entry._was_used = False
-        coming = {self.tied.get(name, name) for name in coming}
-        new = sorted(name for name in self.names if self.tied.get(name, name) not in coming)
+        new = sorted(name for name in self.names if not coming & self.sharing(name))
         for name in new:
             logger.warning(f"bnbq: {name} stays in float: the checkpoint has no weight for it")
         self.put(model, {model.get_submodule(name): self.originals.pop(name) for name in new})
@@ -269,6 +281,8 @@ class BnbqQuantizer(HfQuantizer):
                     in_memory[f"{name}.{leaf}"] = parameter
         if self.stored is not None:
             checkpoint.verify_checksums(in_memory, self.stored.checksums, self.stored.where)
+        for name, source in self.tied.items():
+            untie_rest(model.get_submodule(name), model.get_submodule(source))
         for note, names in self.notes.items():
             warnings.warn(
                 f"{names[0]}{f' and {len(names) - 1} other layers' if len(names) > 1 else ''}: {note}", stacklevel=2
@@ -399,6 +413,15 @@ def name_ties(model) -> None:
                 named[target] = source
         if named != declared:
             part.all_tied_weights_keys, part._tied_weights_keys = named, dict(named)
+
+
+def untie_rest(layer, other) -> None:
+    """Where the files have two weights for what the config says is tied, Transformers has tied tensors that happen to
+    be equal: none is then."""
+    if layer.qweight is not other.qweight:
+        for name in layer.tied_parameters(other):
+            if layer._parameters[name] is other._parameters[name]:
+                layer._parameters[name] = torch.nn.Parameter(layer._parameters[name].clone(), requires_grad=False)
 
 
 def original_kinds(model, layers: dict) -> dict:
