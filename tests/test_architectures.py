@@ -1,6 +1,4 @@
-"""Model families beside Llama: transposed, tied, fused, renamed, composite; each quantises, saves and loads."""
-
-import json
+"""Model families beside Llama: encoders, speech, images, tied, fused, renamed, composite; each quantises, saves, loads."""
 
 import pytest
 
@@ -39,28 +37,6 @@ def build(config_class, model_class, folder, dtype=torch.float32, **settings):
 
 def close(one, other, bound):
     return (one - other).norm() / other.norm() < bound
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_gpt2_stores_its_weights_transposed(tmp_path, bits):
-    small_models.gpt2(tmp_path / "float")
-    dense = AUTO.from_pretrained(tmp_path / "float")
-    model = quantized(tmp_path / "float", dict(bits=bits))
-    assert len(layers(model)) == 8
-    layer = model.transformer.h[0].mlp.c_fc
-    assert (layer.in_features, layer.out_features) == (64, 256)
-    assert torch.equal(layer.qweight, type(layer).from_linear(dense.transformer.h[0].mlp.c_fc).qweight)
-    assert close(logits(model), logits(dense), 0.2)
-    model.save_pretrained(tmp_path / "packed")
-    again = AUTO.from_pretrained(tmp_path / "packed")
-    assert_same(again, model)
-    back = again.dequantize()
-    assert type(back.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
-    assert close(logits(back), logits(model), 1e-5 if bits == 4 else 0.02)
-    back.save_pretrained(tmp_path / "back")
-    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
-    assert torch.equal(logits(AUTO.from_pretrained(tmp_path / "back")), logits(back))
-    assert torch.equal(back.lm_head.weight, back.transformer.wte.weight)
 
 
 def test_t5_and_bert(tmp_path):
@@ -280,3 +256,138 @@ def test_one_layer_under_two_names(tmp_path):
     assert torch.equal(model.first.qweight, bnbq.nn.Linear4bit.from_linear(dense.first).qweight)
     assert model(torch.randn(3, 64)).isfinite().all()
     assert model.dequantize().again is model.first and type(model.first) is torch.nn.Linear
+
+
+# ------------------------------------------------------------------ beyond decoders of text
+
+SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+SPEECH = dict(
+    **SMALL,
+    conv_dim=(32, 32),
+    conv_stride=(5, 2),
+    conv_kernel=(10, 3),
+    num_feat_extract_layers=2,
+    num_conv_pos_embeddings=16,
+    num_conv_pos_embedding_groups=4,
+    vocab_size=32,
+)
+ENCODER_DECODER = dict(
+    d_model=64,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=128,
+    decoder_ffn_dim=128,
+    vocab_size=64,
+    pad_token_id=1,
+    bos_token_id=0,
+    eos_token_id=2,
+    decoder_start_token_id=2,
+)
+
+
+def pixels(batch=1):
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def sound(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+CLIP = dict(
+    text_config=dict(**SMALL, vocab_size=64, max_position_embeddings=32, eos_token_id=2),
+    vision_config=dict(**SMALL, image_size=32, patch_size=8),
+    projection_dim=48,
+)
+# model class, config class, settings, inputs, inputs of generate or None, linear layers quantised, and kept in float
+FAMILIES = {
+    "bart": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        dict(**ENCODER_DECODER, max_position_embeddings=32, forced_eos_token_id=2),
+        lambda: dict(input_ids=IDS, decoder_input_ids=IDS),
+        lambda: dict(input_ids=IDS),
+        16,
+        {"lm_head"},
+    ),
+    "t5 gated, untied": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        dict(d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, vocab_size=64, decoder_start_token_id=0,
+             feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        lambda: dict(input_ids=IDS, decoder_input_ids=IDS),
+        lambda: dict(input_ids=IDS),
+        16,
+        {"lm_head", "encoder.block.0.layer.1.DenseReluDense.wo", "decoder.block.0.layer.2.DenseReluDense.wo"},
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        dict(**ENCODER_DECODER, num_mel_bins=16, max_source_positions=32, max_target_positions=32),
+        lambda: dict(input_features=sound(1, 16, 64), decoder_input_ids=IDS),
+        lambda: dict(input_features=sound(1, 16, 64)),
+        16,
+        {"proj_out"},
+    ),
+    "wav2vec2": (
+        "Wav2Vec2ForCTC",
+        "Wav2Vec2Config",
+        SPEECH,
+        lambda: dict(input_values=sound(1, 800)),
+        None,
+        13,
+        {"lm_head"},
+    ),
+    "vit": (
+        "ViTForImageClassification",
+        "ViTConfig",
+        dict(**SMALL, image_size=32, patch_size=8, num_labels=5),
+        lambda: dict(pixel_values=pixels()),
+        None,
+        12,
+        {"classifier"},
+    ),
+    "clip": (
+        "CLIPModel",
+        "CLIPConfig",
+        CLIP,
+        lambda: dict(input_ids=torch.cat([IDS, IDS]), pixel_values=pixels(2)),
+        None,
+        25,
+        {"text_projection"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [dict(bits=4), dict(bits=4, double_quant=True, checkpoint_format="bitsandbytes"), dict(bits=8)], ids=str)
+def test_encoder_decoders_vision_and_audio(tmp_path, family, settings):
+    """Quantised while loading and in memory alike; the same outputs after saving and loading."""
+    name, config_name, architecture, inputs, prompt, count, kept = FAMILIES[family]
+    kind = getattr(transformers, name)
+    build(getattr(transformers, config_name), kind, tmp_path / "float", **architecture)
+    dense = kind.from_pretrained(tmp_path / "float")
+
+    @torch.no_grad()
+    def run(model):
+        output = model(**inputs())
+        return output.logits if hasattr(output, "logits") else torch.cat([output.text_embeds, output.image_embeds])
+
+    config = bnbq.BnbqConfig(**settings)
+    model, info = kind.from_pretrained(tmp_path / "float", quantization_config=config, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert len(layers(model)) == count and linears - layers(model).keys() == kept
+    assert close(run(model), run(dense), 0.3 if settings["bits"] == 4 else 0.05)
+    assert all(a.dtype == b.dtype for n, a in model.named_parameters() for b in [dict(dense.named_parameters()).get(n, a)])
+    model.save_pretrained(tmp_path / "packed")
+    again = bnbq.from_pretrained(kind, tmp_path / "packed")
+    assert_same(again, model)
+    assert torch.equal(run(again), run(model))
+    in_memory = kind.from_pretrained(tmp_path / "float")
+    bnbq.quantize_model(in_memory, config)
+    assert_same(in_memory, model)
+    if prompt is not None:
+        tokens = [one.generate(**prompt(), min_new_tokens=3, max_new_tokens=4, do_sample=False) for one in (model, again)]
+        assert torch.equal(*tokens) and tokens[0].shape[1] > 2
