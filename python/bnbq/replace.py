@@ -460,12 +460,23 @@ def check_hooks(model, modules) -> None:
 def mark(model: torch_nn.Module, config: BnbqConfig) -> None:
     """Leave the settings on the model, where saving finds them."""
     model.bnbq_config = config
-    if hasattr(model, "save_pretrained"):
+    if any(base.__module__.startswith("diffusers.") for base in type(model).__mro__):
+        model.save_pretrained = refuse_to_save
+    elif hasattr(model, "save_pretrained"):
         from .integrations import transformers
 
         attach = getattr(transformers, "attach_config", None)
         if attach is not None:
             attach(model, config)
+
+
+def refuse_to_save(*arguments, **keywords):
+    """``save_pretrained`` of a quantised diffusers model: its from_pretrained would merely warn and start from random
+    weights, since diffusers knows only its own quantisers."""
+    raise ValueError(
+        "diffusers' from_pretrained cannot load what bnbq quantised: use bnbq.save(model, directory) "
+        "and bnbq.load(model_class.from_config(config), directory)"
+    )
 
 
 def warn_about_rest(result: Report) -> None:
