@@ -66,7 +66,7 @@ class PackedModule(nn.Module):
     # ------------------------------------------------------------------ nn.Module's machinery
 
     def _apply(self, fn, recurse=True):
-        """A move applies to every tensor, a cast only to what is not packed and to the dtype that the module reports."""
+        """A move applies to every tensor, a cast only to what is not packed and to the dtype it reports."""
         packed = {id(self._parameters[name]) for name in self.packed_spec()}
 
         def moved_not_cast(tensor):
