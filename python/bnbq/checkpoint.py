@@ -220,7 +220,7 @@ LAYER_SETTINGS = {
     "Embedding4bit": {**EMBEDDING, **FOUR_BIT},
     "Embedding8bit": EMBEDDING,
 }
-"""Class -> what ``bnbq.json`` says of a layer of it, and of which kinds; the first three are positional."""
+"""Class -> what ``bnbq.json`` says of a layer of it, and of which kinds."""
 
 
 def layer_settings(layer) -> dict:
@@ -265,11 +265,11 @@ def layer_from_settings(settings: dict, where: str, device="meta"):
     from . import nn
     from .side_branch import attach_empty
 
-    if not isinstance(settings, dict) or settings.get("class") not in LAYER_SETTINGS:
+    named = settings.get("class") if isinstance(settings, dict) else None
+    if not isinstance(named, str) or named not in LAYER_SETTINGS:
         raise ValueError(f"{where}: {settings!r} describes no layer of bnbq")
-    settings = dict(settings)
-    wanted = LAYER_SETTINGS[settings["class"]]
-    build = getattr(nn, settings.pop("class"))
+    settings, wanted = {key: value for key, value in settings.items() if key != "class"}, LAYER_SETTINGS[named]
+    build = getattr(nn, named)
     if build is nn.Linear4bit and "activations" in settings:
         wanted = {**wanted, "activations": str}
     if "side_rank" in settings and "in_features" in wanted:
@@ -285,14 +285,13 @@ def layer_from_settings(settings: dict, where: str, device="meta"):
         raise ValueError(
             f"{where}: settings this version does not know: {', '.join(sorted(set(settings) - set(wanted)))}"
         )
-    sizes = [settings.pop(key) for key in list(wanted)[:3]]
     rank = settings.pop("side_rank", 0)
     for key in ("weight_dtype", "compute_dtype", "side_dtype"):
         if key in settings:
             settings[key] = float_dtype(settings[key], f"{where}: {key}", optional=key != "side_dtype")
     branch_dtype = settings.pop("side_dtype", None)
     try:
-        layer = build(*sizes, device=device, **settings)
+        layer = build(device=device, **settings)
         if rank:
             attach_empty(layer, rank, branch_dtype)
         return layer

@@ -56,7 +56,7 @@ class Summary:
     shards: int
     kept: list[str]
     copied: dict[str, int]  # bytes of what was copied, by name with * for numbers
-    what: str = "linear layers"  # what ``quantized`` and ``linears`` count
+    embeddings: int = 0  # of those quantised
 
     def text(self) -> str:
         """One line: how much was quantised and what was not."""
@@ -67,8 +67,9 @@ class Summary:
             for name, size in sorted(self.copied.items(), key=lambda item: -item[1])
             if size > 0.05 * self.bytes_before
         ]
+        also = " and embeddings" if self.embeddings else ""
         return (
-            f"{self.path}: {self.quantized} of {self.linears} {self.what}, {share:.1f} % of the bytes, "
+            f"{self.path}: {self.quantized} of {self.linears} linear layers{also}, {share:.1f} % of the bytes, "
             f"{megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} MB in {self.shards} "
             f"file{'s' if self.shards != 1 else ''}{kept}{'; copied: ' + ', '.join(large[:4]) if large else ''}"
         )
@@ -131,7 +132,7 @@ def quantize_checkpoint(
         len(groups),
         kept,
         copied,
-        "linear layers and embeddings" if config.quantize_embeddings else "linear layers",
+        sum(f"{job.prefix}.{LIKE}" in job.outputs for job in quantized),
     )
 
 

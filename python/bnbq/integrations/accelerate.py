@@ -19,7 +19,7 @@ import torch
 
 from .. import _bnbq, placement, replace
 from ..checkpoint import PACKED_NAMES, describe, opened
-from ..nn import QuantizedEmbedding, QuantizedLinear, is_conv1d
+from ..nn import QuantizedEmbedding, is_conv1d
 from ..packed import PackedModule
 from ..side_branch import PARTS, attach_empty
 from ..state import LIKE
