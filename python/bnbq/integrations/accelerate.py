@@ -136,7 +136,7 @@ def swap_layers(model, config, packed: set, branches: dict) -> tuple[dict, dict]
             group.append(f"{name}.{leaf}")
             aliases[f"{name}.{leaf}"] = group
     if hasattr(model, "all_tied_weights_keys"):
-        from .transformers import name_ties
+        from .ties import name_ties
 
         name_ties(model)
     return transposed, aliases
