@@ -16,7 +16,7 @@ def to_bnbq(module: torch.nn.Module) -> torch.nn.Module:
     """Replace the facade's linear layers by `bnbq.nn`'s, which share their memory and give the same bits.
 
     Args:
-        module: a layer, or a model, changed in place. Embeddings are left: `bnbq.nn` has none.
+        module: a layer, or a model, changed in place. Embeddings are left as they are.
 
     Returns the new layer, or the model. Raises ValueError, and nothing has changed then, for a layer that is not
     quantised, naming it.
