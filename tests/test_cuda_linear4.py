@@ -2,9 +2,10 @@
 
 import ctypes
 
-import emulated_cuda as cuda
 import numpy as np
 import pytest
+
+import emulated_cuda as cuda
 from bnbq import reference as ref
 from cases import BLOCKSIZES, FLAT_SHAPES, FORMATS, SMALL_SHAPES, activations, weight
 
