@@ -2,15 +2,17 @@
  *
  * flag_columns: one block per word of flags, that is per 32 columns, over all rows of the batch.
  * So there is nothing to clear and nothing atomic; 64 bytes of a bf16 row are two whole sectors.
- * quantize_rows: one block per row. For up to ALL_ROWS_MOST rows each block looks for the outlier
- * columns of the whole batch itself, from L2: that saves a launch, which would take longer.
+ * quantize_rows: one block per row. For up to ALL_ROWS_MOST (s8_linear.cu) rows each block looks
+ * for the outlier columns of the whole batch itself, from L2: that saves a launch, which would take
+ * longer. The least number of blocks in the launch bounds is not for occupancy: with it the
+ * compiler keeps 8 loads under way, without it two.
  */
 #include "s8.cuh"
 
 enum { FLAG_THREADS = 512, ROW_THREADS = 256, LANES_PER_ROW = CHUNK / 8 };
 
 template <bnbq_dtype X>
-__global__ void __launch_bounds__(FLAG_THREADS)
+__global__ void __launch_bounds__(FLAG_THREADS, 1)
     flag_columns_kernel(const __grid_constant__ s8_linear op) {
     uint32_t *scratch = (uint32_t *)shared_memory();
     int thread = (int)threadIdx.x, shift = thread % LANES_PER_ROW * 8;
@@ -31,7 +33,7 @@ __global__ void __launch_bounds__(FLAG_THREADS)
 }
 
 template <bnbq_dtype X>
-__global__ void __launch_bounds__(ROW_THREADS)
+__global__ void __launch_bounds__(ROW_THREADS, 4)
     quantize_rows_kernel(const __grid_constant__ s8_linear op) {
     int64_t row = blockIdx.x;
     uint2 result =
