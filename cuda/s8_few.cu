@@ -82,6 +82,7 @@ DEVICE void add_outliers_of(float y[C][4], const s8_linear &op, const uint32_t *
                 add_outlier_sum<X>(&y[j][i], &sums[j][i], w_scale);
         }
     };
+#pragma unroll 1
     for (int first = 0; first < words; first += WARP) {
         uint32_t mine = first + lane < words ? flags[first + lane] : 0, some = vote(mine != 0);
 #pragma unroll 1
@@ -217,6 +218,7 @@ __global__ void __launch_bounds__(few_shape<COLUMNS, BLOCKED, ONE>::THREADS,
                 x_scale_of(op.rows[least(8 * (i / 2) + 2 * t + i % 2, op.m - 1)]);
     }
     int steps = (k + WARPS * STEP - 1) / (WARPS * STEP);
+#pragma unroll 1 /* more of it spills on 12.0 */
     for (int step = 0; step < steps; step += DEPTH) {
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) { /* past the last step all is zero */
