@@ -102,8 +102,10 @@ bnbq_status launch_kernel(bnbq_cuda_call *call, const void *kernel, std::atomic<
     enum { UNASKED = 48 * 1024 }; /* shared memory that any kernel may use */
     uint64_t bit = call->device < DEVICES ? UINT64_C(1) << call->device : 0;
     if (shared > UNASKED && !(prepared->load(std::memory_order_acquire) & bit)) {
+        device_facts facts; /* all that there is: a later launch may want more than this one */
+        TRY(get_facts(call, &facts));
         TRY(check(call, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             (int)shared)));
+                                             facts.shared_limit)));
         prepared->fetch_or(bit, std::memory_order_release);
     }
     return check(call, cudaLaunchKernel(kernel, grid, dim3(threads), arguments, shared,

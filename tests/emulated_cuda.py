@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
          "-Wno-missing-field-initializers", "-DBNBQ_EMULATE", "-I", "csrc", "-I", "cuda", "-I", "tests/cuda"]
+TRAPS = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # what a GPU refuses and a CPU does not
 MAX_DIMS = 8
 F32, BF16, F16 = range(3)
 OK, NO_MEMORY, NOT_FINITE, DEVICE_ERROR = range(4)
@@ -82,7 +83,8 @@ def library() -> ctypes.CDLL:
     sanitize = os.environ.get("BNBQ_SANITIZE_EMULATOR", "")
     sources = sorted((ROOT / "cuda").glob("*.cu")) + [ROOT / "tests/cuda/emulator.cpp", ROOT / "csrc/formats.c"]
     headers = [p for folder in ("cuda", "csrc", "tests/cuda") for p in (ROOT / folder).glob("*.*h")]
-    flags = [*FLAGS, *([f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else [])]
+    checks = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else TRAPS
+    flags = [*FLAGS, *checks]
     target = ROOT / "build" / ("emulated-sanitized" if sanitize else "emulated")
     target.mkdir(parents=True, exist_ok=True)
     state = hashlib.sha256("\0".join([COMPILER, *flags]).encode())
