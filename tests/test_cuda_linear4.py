@@ -275,7 +275,8 @@ def test_working_space_is_for_what_has_to_be_copied():
     linear(x, packed, compute=cuda.BF16, allowed=0)
     assert cuda.launches() == before + 1
     y = np.zeros((3, 9), np.float32)
-    arguments = [cuda.tensor(activations(3, 128)), packed.argument(), None, cuda.BF16, cuda.tensor(y)]
+    x = activations(3, 128)  # in another dtype than the product
+    arguments = [cuda.tensor(x), packed.argument(), None, cuda.BF16, cuda.tensor(y)]
     assert cuda.call("linear_4bit", *arguments, allowed=0) == cuda.NO_MEMORY
     assert cuda.call("linear_4bit", *arguments, allowed=1) == cuda.OK
 
