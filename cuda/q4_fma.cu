@@ -87,7 +87,7 @@ DEVICE void load_x(const q4_operands &op, int64_t token, int64_t column, float x
 
 /* ROWS > 1 needs k % 8 == 0. */
 template <int ROWS, int TOKENS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1) /* or 10.0 spills at 128 registers */
     stream_kernel(const __grid_constant__ q4_operands op, const __grid_constant__ q4_codebook book,
                   const __grid_constant__ q4_map map) {
     const int64_t row0 = (int64_t)blockIdx.x * ROWS, token0 = q4_tile() * TOKENS;

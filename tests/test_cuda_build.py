@@ -36,6 +36,7 @@ def measured() -> dict[str, dict[str, tuple[int, int]]]:
     names = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout.splitlines()
     kernels: dict[str, dict[str, tuple[int, int]]] = {}
     for name, (_, arch, *spills, registers) in zip(names, found, strict=True):
+        name = name.replace("(anonymous namespace)::", "")
         name = re.match(r"(?:void )?(\w+(?:<.*>)?)\(", name)[1]  # template arguments may hold parentheses too
         kernels.setdefault(name, {})[arch] = int(registers), sum(map(int, spills))
     return kernels
