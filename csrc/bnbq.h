@@ -113,4 +113,27 @@ bnbq_status bnbq_linear_8bit(const bnbq_tensor *x, const bnbq_weight8 *w, const 
 bnbq_status bnbq_linear_8bit_backward(const bnbq_tensor *gy, const bnbq_weight8 *w,
                                       const bnbq_tensor *gx);
 
+/* Rows of activations by expert: expert e has the rows [ends[e - 1], ends[e]), the first from 0;
+ * `ends` ascends. Rows from the last end on have no expert, and their results are zero. */
+typedef struct bnbq_experts {
+    int64_t count; /* at least 1 */
+    const int64_t *ends;
+} bnbq_experts;
+
+/* linear_experts.c: the products above with a weight for each expert, of one shape and format. `w`
+ * is the first one; the tensors of the others follow its own without gaps, those of double
+ * quantisation too. x[m, k], y[m, n] and bias[count, n] are matrices. */
+bnbq_status bnbq_linear_4bit_experts(const bnbq_tensor *x, const bnbq_weight4 *w,
+                                     const bnbq_experts *experts, const bnbq_tensor *bias,
+                                     bnbq_dtype compute_dtype, bool int8_activations,
+                                     const bnbq_tensor *y);
+bnbq_status bnbq_linear_4bit_experts_backward(const bnbq_tensor *gy, const bnbq_weight4 *w,
+                                              const bnbq_experts *experts, bnbq_dtype compute_dtype,
+                                              const bnbq_tensor *gx);
+bnbq_status bnbq_linear_8bit_experts(const bnbq_tensor *x, const bnbq_weight8 *w,
+                                     const bnbq_experts *experts, const bnbq_tensor *bias,
+                                     float threshold, const bnbq_tensor *y);
+bnbq_status bnbq_linear_8bit_experts_backward(const bnbq_tensor *gy, const bnbq_weight8 *w,
+                                              const bnbq_experts *experts, const bnbq_tensor *gx);
+
 #endif

@@ -185,3 +185,56 @@ bool bnbq_check_packed8(bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg
                         .blocksize = blocksize};
     return true;
 }
+
+/* ------------------------------------------------------------------ weights of experts */
+
+/* Each expert has `count` of the elements. */
+static bool expect_experts(const bnbq_call *call, const bnbq_arg *arg, int64_t experts,
+                           int64_t count) {
+    if (arg->dl.ndim > 0 && arg->dl.shape[0] == experts && arg->count == experts * count)
+        return true;
+    return bnbq_wrong_shape(call, arg, "%lld experts of %lld elements", (long long)experts,
+                            (long long)count);
+}
+
+bool bnbq_check_experts4(const bnbq_call *call, const bnbq_packed4 *packed, int64_t experts,
+                         const char *n_from, int64_t n, const char *k_from, int64_t k,
+                         const bnbq_format *format, int64_t blocksize, bnbq_weight4 *w) {
+    const DLTensor *q = &packed->qweight->dl;
+    if (q->ndim == 3 && k != q->shape[2] * 2)
+        return bnbq_fail(call, PyExc_ValueError, "%s has %lld columns, the weights have k = %lld",
+                         k_from, (long long)k, (long long)q->shape[2] * 2);
+    if (q->ndim == 3 && n != q->shape[1])
+        return bnbq_fail(call, PyExc_ValueError, "%s has %lld columns, the weights have n = %lld",
+                         n_from, (long long)n, (long long)q->shape[1]);
+    int64_t size, all;
+    if (!get_size(call, n, k, &size) || !get_size(call, experts, size, &all))
+        return false;
+    int64_t blocks = bnbq_blocks(size, blocksize);
+    *w = (bnbq_weight4){
+        .qweight = q->data, .format = format, .n = n, .k = k, .blocksize = blocksize};
+    if (!expect_experts(call, packed->qweight, experts, bnbq_blocks(size, 2)) ||
+        !expect_experts(call, packed->absmax, experts, blocks))
+        return false;
+    if (packed->absmax2 == NULL) {
+        w->absmax.absmax = packed->absmax->dl.data;
+        return true;
+    }
+    w->absmax.codes = packed->absmax->dl.data;
+    w->absmax.absmax2 = packed->absmax2->dl.data;
+    w->absmax.offset = packed->offset->dl.data;
+    return expect_experts(call, packed->absmax2, experts, bnbq_blocks(blocks, BNBQ_ABSMAX_BLOCK)) &&
+           expect_experts(call, packed->offset, experts, 1);
+}
+
+bool bnbq_check_experts8(const bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
+                         int64_t experts, int64_t blocksize, bnbq_weight8 *w) {
+    const DLTensor *q = &qweight->dl;
+    if (q->ndim != 3 || q->shape[0] != experts)
+        return bnbq_wrong_shape(call, qweight, "(%lld, n, k)", (long long)experts);
+    int64_t n = q->shape[1], k = q->shape[2];
+    *w = (bnbq_weight8){
+        .qweight = q->data, .absmax = absmax->dl.data, .n = n, .k = k, .blocksize = blocksize};
+    return expect_experts(call, absmax, experts,
+                          n * (blocksize == 0 ? 1 : bnbq_blocks(k, blocksize)));
+}

@@ -45,6 +45,14 @@ bool bnbq_check_packed4(bnbq_call *call, const bnbq_packed4 *packed, const char 
 bool bnbq_check_packed8(bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
                         int64_t blocksize, bnbq_weight8 *w);
 
+/* The same with a leading dimension for the experts; *w is the first one's. The shapes of qweight
+ * and absmax decide whether blocks cross rows; n and k as above. */
+bool bnbq_check_experts4(const bnbq_call *call, const bnbq_packed4 *packed, int64_t experts,
+                         const char *n_from, int64_t n, const char *k_from, int64_t k,
+                         const bnbq_format *format, int64_t blocksize, bnbq_weight4 *w);
+bool bnbq_check_experts8(const bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
+                         int64_t experts, int64_t blocksize, bnbq_weight8 *w);
+
 static inline int64_t bnbq_blocks(int64_t count, int64_t size) {
     return count / size + (count % size != 0);
 }

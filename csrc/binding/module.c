@@ -222,6 +222,13 @@ static PyMethodDef methods[] = {
     OP(linear8bitlt, "(x, qweight, absmax, bias, out, threshold, blocksize, /)\n--\n\nout may be "
                      "None: a new tensor."),
     OP(linear8bitlt_backward, "(gy, qweight, absmax, out, blocksize, /)\n--\n\n"),
+    OP(linear4bit_experts,
+       "(x, ends, qweight, absmax, absmax2, absmax_offset, bias, columns, quant_type, blocksize,"
+       " compute_dtype, activations, /)\n--\n\nends is a list of ints."),
+    OP(linear4bit_experts_backward, "(gy, ends, qweight, absmax, absmax2, absmax_offset, columns,"
+                                    " quant_type, blocksize, compute_dtype, /)\n--\n\n"),
+    OP(linear8bitlt_experts, "(x, ends, qweight, absmax, bias, threshold, blocksize, /)\n--\n\n"),
+    OP(linear8bitlt_experts_backward, "(gy, ends, qweight, absmax, blocksize, /)\n--\n\n"),
     CALL(isas, METH_NOARGS, "()\n--\n\nInstruction sets that this CPU runs, slowest first."),
     CALL(isa, METH_NOARGS, "()\n--\n\nThe highest instruction set in use."),
     CALL(set_isa, METH_O, "(name, /)\n--\n\nUse nothing above this instruction set."),

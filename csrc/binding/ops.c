@@ -158,10 +158,10 @@ static PyObject *abandon(bnbq_call *call, PyObject *result) {
     return NULL;
 }
 
-/* bnbq_cuda.h says why. */
-static bnbq_status no_backward(bnbq_call *call) {
+/* For gradients bnbq_cuda.h says why; experts on a GPU are multiplied one by one. */
+static bnbq_status no_gpu_kernel(bnbq_call *call) {
     PyOS_snprintf(call->cuda.error, sizeof call->cuda.error,
-                  "a GPU has no kernel for this; bnbq.ops multiplies by the dequantised weight");
+                  "a GPU has no kernel for this; bnbq.ops does it with others");
     return BNBQ_DEVICE_ERROR;
 }
 
@@ -358,11 +358,21 @@ PyObject *bnbq_py_linear4bit_backward(PyObject *module, PyObject *const *args, P
         return abandon(&call, result);
     if (out->count > 0)
         RUN((double)gy->count * (double)w.k,
-            bnbq_linear_4bit_backward(&gy_rows, &w, compute, &out_rows), no_backward(&call));
+            bnbq_linear_4bit_backward(&gy_rows, &w, compute, &out_rows), no_gpu_kernel(&call));
     return finish(&call, status, result);
 }
 
 /* ------------------------------------------------------------------ 8 bit */
+
+static bool get_threshold(const bnbq_call *call, PyObject *object, double *threshold) {
+    *threshold = PyFloat_AsDouble(object);
+    if (*threshold == -1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        return bnbq_fail(call, PyExc_TypeError, "threshold is %R, wanted a float", object);
+    }
+    return *threshold >= 0 ||
+           bnbq_fail(call, PyExc_ValueError, "threshold is %R, wanted at least 0", object);
+}
 
 PyObject *bnbq_py_quantize_8bit(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
     bnbq_call call;
@@ -435,18 +445,9 @@ PyObject *bnbq_py_linear8bitlt(PyObject *module, PyObject *const *args, Py_ssize
     double threshold;
     bnbq_status status = BNBQ_OK;
 
-    if (!begin(&call, module, "linear8bitlt", nargs, 7))
+    if (!begin(&call, module, "linear8bitlt", nargs, 7) ||
+        !get_threshold(&call, args[5], &threshold))
         return NULL;
-    threshold = PyFloat_AsDouble(args[5]);
-    if (threshold == -1 && PyErr_Occurred()) {
-        PyErr_Clear();
-        bnbq_fail(&call, PyExc_TypeError, "threshold is %R, wanted a float", args[5]);
-        return NULL;
-    }
-    if (!(threshold >= 0)) {
-        bnbq_fail(&call, PyExc_ValueError, "threshold is %R, wanted at least 0", args[5]);
-        return NULL;
-    }
     if (!(x = bnbq_input(&call, args[0], "x", BNBQ_IS_FLOAT)) || !has_columns(&call, x) ||
         !(qweight = bnbq_packed_input(&call, args[1], "qweight", BNBQ_IS_I8)) ||
         !(absmax = bnbq_packed_input(&call, args[2], "absmax", BNBQ_IS_F32)) ||
@@ -501,6 +502,196 @@ PyObject *bnbq_py_linear8bitlt_backward(PyObject *module, PyObject *const *args,
         return abandon(&call, result);
     if (out->count > 0)
         RUN((double)gy->count * (double)w.k, bnbq_linear_8bit_backward(&gy_rows, &w, &out_rows),
-            no_backward(&call));
+            no_gpu_kernel(&call));
     return finish(&call, status, result);
+}
+
+/* ------------------------------------------------------------------ experts */
+
+/* From a list of ints: ascending, none behind the last of `rows`. Free with PyMem_Free. */
+static bool get_ends(const bnbq_call *call, PyObject *object, int64_t rows, bnbq_experts *experts) {
+    if (!PyList_Check(object) || PyList_Size(object) == 0)
+        return bnbq_fail(call, PyExc_TypeError, "ends is %R, wanted a list of ints", object);
+    experts->count = PyList_Size(object);
+    int64_t *ends = PyMem_Malloc((size_t)experts->count * sizeof(int64_t)), last = 0;
+    experts->ends = ends;
+    if (ends == NULL)
+        return bnbq_fail(call, PyExc_MemoryError, "no memory for ends");
+    for (Py_ssize_t i = 0; i < experts->count; last = ends[i++]) {
+        if (!bnbq_get_int(call, PyList_GetItem(object, i), "an end", &ends[i]))
+            return false;
+        if (ends[i] < last || ends[i] > rows)
+            return bnbq_fail(call, PyExc_ValueError, "ends[%zd] is %lld, wanted %lld to %lld", i,
+                             (long long)ends[i], (long long)last, (long long)rows);
+    }
+    return true;
+}
+
+static bool is_matrix(const bnbq_call *call, const bnbq_arg *view) {
+    return view->dl.ndim == 2 || bnbq_wrong_shape(call, view, "(rows, columns)");
+}
+
+static bool view_biases(bnbq_call *call, PyObject *object, int64_t experts, int64_t n,
+                        bnbq_tensor *storage, bnbq_tensor **bias) {
+    *bias = NULL;
+    if (object == Py_None)
+        return true;
+    bnbq_arg *view = bnbq_input(call, object, "bias", BNBQ_IS_FLOAT);
+    if (view == NULL)
+        return false;
+    if (view->dl.ndim != 2 || view->dl.shape[0] != experts || view->dl.shape[1] != n)
+        return bnbq_wrong_shape(call, view, "(%lld, %lld)", (long long)experts, (long long)n);
+    *bias = storage;
+    return bnbq_rows(call, view, storage);
+}
+
+static PyObject *finish_experts(bnbq_call *call, bnbq_status status, bnbq_experts *experts,
+                                PyObject *result) {
+    PyMem_Free((void *)experts->ends);
+    return finish(call, status, result);
+}
+
+static PyObject *abandon_experts(bnbq_call *call, bnbq_experts *experts, PyObject *result) {
+    PyMem_Free((void *)experts->ends);
+    return abandon(call, result);
+}
+
+PyObject *bnbq_py_linear4bit_experts(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    bnbq_packed4 packed;
+    bnbq_arg *x, *out;
+    const bnbq_format *format;
+    bnbq_dtype compute;
+    int64_t blocksize;
+    bool int8_activations;
+    bnbq_experts experts = {0};
+    bnbq_weight4 w;
+    bnbq_tensor x_rows, out_rows, bias_rows, *bias;
+    PyObject *result = NULL;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "linear4bit_experts", nargs, 12))
+        return NULL;
+    if (!(x = bnbq_input(&call, args[0], "x", BNBQ_IS_FLOAT)) || !is_matrix(&call, x) ||
+        !get_ends(&call, args[1], x->dl.shape[0], &experts) ||
+        !bnbq_view_packed4(&call, args + 2, &packed) ||
+        !(out = view_result(&call, args[7], args[0], x, -1, &result)) ||
+        !same_rows(&call, x, out) || !(format = bnbq_get_format(&call, args[8])) ||
+        !bnbq_get_blocksize(&call, args[9], false, &blocksize) ||
+        !bnbq_get_compute_dtype(&call, args[10], x->dtype, &compute) ||
+        !bnbq_get_activations(&call, args[11], &int8_activations) ||
+        !bnbq_check_experts4(&call, &packed, experts.count, "out", columns(out), "x", columns(x),
+                             format, blocksize, &w) ||
+        !view_biases(&call, args[6], experts.count, w.n, &bias_rows, &bias) ||
+        !bnbq_finish(&call) || !bnbq_rows(&call, x, &x_rows) || !bnbq_rows(&call, out, &out_rows))
+        return abandon_experts(&call, &experts, result);
+    if (out->count > 0)
+        RUN((double)x->count * (double)w.n,
+            bnbq_linear_4bit_experts(&x_rows, &w, &experts, bias, compute, int8_activations,
+                                     &out_rows),
+            no_gpu_kernel(&call));
+    return finish_experts(&call, status, &experts, result);
+}
+
+PyObject *bnbq_py_linear4bit_experts_backward(PyObject *module, PyObject *const *args,
+                                              Py_ssize_t nargs) {
+    bnbq_call call;
+    bnbq_packed4 packed;
+    bnbq_arg *gy, *out;
+    const bnbq_format *format;
+    bnbq_dtype compute;
+    int64_t blocksize;
+    bnbq_experts experts = {0};
+    bnbq_weight4 w;
+    bnbq_tensor gy_rows, out_rows;
+    PyObject *result = NULL;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "linear4bit_experts_backward", nargs, 10))
+        return NULL;
+    if (!(gy = bnbq_input(&call, args[0], "gy", BNBQ_IS_FLOAT)) || !is_matrix(&call, gy) ||
+        !get_ends(&call, args[1], gy->dl.shape[0], &experts) ||
+        !bnbq_view_packed4(&call, args + 2, &packed) ||
+        !(out = view_result(&call, args[6], args[0], gy, -1, &result)) ||
+        !same_rows(&call, gy, out) || !(format = bnbq_get_format(&call, args[7])) ||
+        !bnbq_get_blocksize(&call, args[8], false, &blocksize) ||
+        !bnbq_get_compute_dtype(&call, args[9], gy->dtype, &compute) ||
+        !bnbq_check_experts4(&call, &packed, experts.count, "gy", columns(gy), "out", columns(out),
+                             format, blocksize, &w) ||
+        !bnbq_finish(&call) || !bnbq_rows(&call, gy, &gy_rows) || !bnbq_rows(&call, out, &out_rows))
+        return abandon_experts(&call, &experts, result);
+    if (out->count > 0)
+        RUN((double)gy->count * (double)w.k,
+            bnbq_linear_4bit_experts_backward(&gy_rows, &w, &experts, compute, &out_rows),
+            no_gpu_kernel(&call));
+    return finish_experts(&call, status, &experts, result);
+}
+
+static bool expect_columns(const bnbq_call *call, const bnbq_arg *view, const char *what,
+                           int64_t wanted) {
+    return columns(view) == wanted ||
+           bnbq_fail(call, PyExc_ValueError, "%s has %lld columns, the weights have %s = %lld",
+                     view->name, (long long)columns(view), what, (long long)wanted);
+}
+
+PyObject *bnbq_py_linear8bitlt_experts(PyObject *module, PyObject *const *args, Py_ssize_t nargs) {
+    bnbq_call call;
+    bnbq_arg *x, *qweight, *absmax, *out;
+    int64_t blocksize;
+    bnbq_experts experts = {0};
+    bnbq_weight8 w;
+    bnbq_tensor x_rows, out_rows, bias_rows, *bias;
+    PyObject *result = NULL;
+    double threshold;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "linear8bitlt_experts", nargs, 7) ||
+        !get_threshold(&call, args[5], &threshold))
+        return NULL;
+    if (!(x = bnbq_input(&call, args[0], "x", BNBQ_IS_FLOAT)) || !is_matrix(&call, x) ||
+        !get_ends(&call, args[1], x->dl.shape[0], &experts) ||
+        !(qweight = bnbq_packed_input(&call, args[2], "qweight", BNBQ_IS_I8)) ||
+        !(absmax = bnbq_packed_input(&call, args[3], "absmax", BNBQ_IS_F32)) ||
+        !bnbq_get_blocksize(&call, args[6], true, &blocksize) ||
+        !bnbq_check_experts8(&call, qweight, absmax, experts.count, blocksize, &w) ||
+        !expect_columns(&call, x, "k", w.k) ||
+        !(out = view_result(&call, Py_None, args[0], x, w.n, &result)) ||
+        !view_biases(&call, args[4], experts.count, w.n, &bias_rows, &bias) ||
+        !bnbq_finish(&call) || !bnbq_rows(&call, x, &x_rows) || !bnbq_rows(&call, out, &out_rows))
+        return abandon_experts(&call, &experts, result);
+    if (out->count > 0)
+        RUN((double)x->count * (double)w.n,
+            bnbq_linear_8bit_experts(&x_rows, &w, &experts, bias, (float)threshold, &out_rows),
+            no_gpu_kernel(&call));
+    return finish_experts(&call, status, &experts, result);
+}
+
+PyObject *bnbq_py_linear8bitlt_experts_backward(PyObject *module, PyObject *const *args,
+                                                Py_ssize_t nargs) {
+    bnbq_call call;
+    bnbq_arg *gy, *qweight, *absmax, *out;
+    int64_t blocksize;
+    bnbq_experts experts = {0};
+    bnbq_weight8 w;
+    bnbq_tensor gy_rows, out_rows;
+    PyObject *result = NULL;
+    bnbq_status status = BNBQ_OK;
+
+    if (!begin(&call, module, "linear8bitlt_experts_backward", nargs, 5))
+        return NULL;
+    if (!(gy = bnbq_input(&call, args[0], "gy", BNBQ_IS_FLOAT)) || !is_matrix(&call, gy) ||
+        !get_ends(&call, args[1], gy->dl.shape[0], &experts) ||
+        !(qweight = bnbq_packed_input(&call, args[2], "qweight", BNBQ_IS_I8)) ||
+        !(absmax = bnbq_packed_input(&call, args[3], "absmax", BNBQ_IS_F32)) ||
+        !bnbq_get_blocksize(&call, args[4], true, &blocksize) ||
+        !bnbq_check_experts8(&call, qweight, absmax, experts.count, blocksize, &w) ||
+        !expect_columns(&call, gy, "n", w.n) ||
+        !(out = view_result(&call, Py_None, args[0], gy, w.k, &result)) || !bnbq_finish(&call) ||
+        !bnbq_rows(&call, gy, &gy_rows) || !bnbq_rows(&call, out, &out_rows))
+        return abandon_experts(&call, &experts, result);
+    if (out->count > 0)
+        RUN((double)gy->count * (double)w.k,
+            bnbq_linear_8bit_experts_backward(&gy_rows, &w, &experts, &out_rows),
+            no_gpu_kernel(&call));
+    return finish_experts(&call, status, &experts, result);
 }

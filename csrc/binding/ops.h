@@ -11,5 +11,7 @@ bnbq_py_function bnbq_py_quantize_absmax, bnbq_py_dequantize_absmax;
 bnbq_py_function bnbq_py_quantize_8bit, bnbq_py_dequantize_8bit;
 bnbq_py_function bnbq_py_linear4bit, bnbq_py_linear4bit_backward;
 bnbq_py_function bnbq_py_linear8bitlt, bnbq_py_linear8bitlt_backward;
+bnbq_py_function bnbq_py_linear4bit_experts, bnbq_py_linear4bit_experts_backward;
+bnbq_py_function bnbq_py_linear8bitlt_experts, bnbq_py_linear8bitlt_experts_backward;
 
 #endif

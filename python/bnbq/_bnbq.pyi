@@ -87,6 +87,47 @@ def linear8bitlt(
 def linear8bitlt_backward(
     gy: _Tensor, qweight: _Tensor, absmax: _Tensor, out: _Tensor | int | None, blocksize: int, /
 ) -> _Tensor | None: ...
+def linear4bit_experts(
+    x: _Tensor,
+    ends: list[int],
+    qweight: _Tensor,
+    absmax: _Tensor,
+    absmax2: _Tensor | None,
+    absmax_offset: _Tensor | None,
+    bias: _Tensor | None,
+    columns: int,
+    quant_type: str,
+    blocksize: int,
+    compute_dtype: str | None,
+    activations: str | None,
+    /,
+) -> _Tensor: ...
+def linear4bit_experts_backward(
+    gy: _Tensor,
+    ends: list[int],
+    qweight: _Tensor,
+    absmax: _Tensor,
+    absmax2: _Tensor | None,
+    absmax_offset: _Tensor | None,
+    columns: int,
+    quant_type: str,
+    blocksize: int,
+    compute_dtype: str | None,
+    /,
+) -> _Tensor: ...
+def linear8bitlt_experts(
+    x: _Tensor,
+    ends: list[int],
+    qweight: _Tensor,
+    absmax: _Tensor,
+    bias: _Tensor | None,
+    threshold: float,
+    blocksize: int,
+    /,
+) -> _Tensor: ...
+def linear8bitlt_experts_backward(
+    gy: _Tensor, ends: list[int], qweight: _Tensor, absmax: _Tensor, blocksize: int, /
+) -> _Tensor: ...
 def isas() -> tuple[str, ...]: ...
 def isa() -> str: ...
 def set_isa(name: str, /) -> None: ...
