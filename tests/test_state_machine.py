@@ -17,9 +17,37 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from bnbq import _bnbq, nn
+from bnbq import _bnbq, experts, nn
 
 N = 40
+
+
+class AsLayer:
+    """Experts that look like a layer: a fixed routing that leaves one of three out, the weights below each other."""
+
+    def __init__(self, in_features, **settings):
+        super().__init__(3, in_features, N, **settings)
+        self.quantize_(torch.randn(self.weight_shape))
+
+    def forward(self, x):
+        return super().forward(x, torch.tensor([len(x) // 2, len(x) // 2, len(x)]))
+
+    def dequantize(self, dtype=None):
+        return super().dequantize(dtype).reshape(-1, self.in_features)
+
+    @property
+    def weight(self):
+        return self.dequantize()
+
+
+class Routed4bit(AsLayer, experts.Experts4bit):
+    pass
+
+
+class Routed8bit(AsLayer, experts.Experts8bit):
+    pass
+
+
 LAYERS = {
     "nf4": lambda: nn.Linear4bit(128, N),
     "nf4 double": lambda: nn.Linear4bit(128, N, double_quant=True),
@@ -32,6 +60,9 @@ LAYERS = {
     "int8": lambda: nn.Linear8bitLt(128, N),
     "int8 no outliers": lambda: nn.Linear8bitLt(96, N, threshold=0.0, bias=False),
     "int8 blocks": lambda: nn.Linear8bitLt(100, N, blocksize=32),
+    "experts nf4 double": lambda: Routed4bit(128, double_quant=True),
+    "experts fp4 flat, transposed": lambda: Routed4bit(100, quant_type="fp4", transposed=True),
+    "experts int8": lambda: Routed8bit(128),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 3, 20)

@@ -25,7 +25,7 @@ from . import ops
 from .config import check_activations, check_threshold, parse_dtype
 from .embedding import Embedding4bit, Embedding8bit, QuantizedEmbedding  # noqa: F401
 from .matrix import Format4bit, Format8bit, PackedMatrix
-from .packed import WEIGHT_DTYPES
+from .packed import WEIGHT_DTYPES, PackedModule
 
 
 class QuantizedLinear(PackedMatrix, nn.Linear):
@@ -283,7 +283,7 @@ def set_compute_dtype(model: nn.Module, dtype) -> int:
     without quantised layers.
     """
     dtype = parse_dtype(dtype, "set_compute_dtype: dtype")
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    layers = [module for module in model.modules() if isinstance(module, PackedModule)]
     if not layers:
         raise ValueError(f"set_compute_dtype: {type(model).__name__} has no quantised layer")
     for layer in layers:
@@ -297,7 +297,8 @@ def set_activations(model: nn.Module, activations: str | None) -> int:
     Raises TypeError or ValueError for anything else, ValueError for a model without 4-bit layers.
     """
     check_activations(activations, "set_activations: activations")
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    packed = [module for module in model.modules() if isinstance(module, PackedModule)]
+    layers = [module for module in packed if hasattr(module, "activations")]
     if not layers:
         raise ValueError(f"set_activations: {type(model).__name__} has no 4-bit layer")
     for layer in layers:
