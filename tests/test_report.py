@@ -69,7 +69,7 @@ def test_rows_say_why(float_net):
     assert (
         rows["embed"].why == "embedding"
         and rows["blocks.2.0"].why == "skip_modules: blocks.2"
-        and rows[""].why == "3-D expert weights, not a linear layer"
+        and rows[""].why == "3-D expert weights outside of Transformers' experts interface"
     )
     assert rows["lm_head"].why == "tied to embed.weight" and rows["lm_head"].bytes == 0
     assert sum(row.bytes for row in rows.values()) == get_memory_footprint(float_net)

@@ -213,12 +213,15 @@ EMBEDDING = {
     "weight_dtype": OPTIONAL_STR,
     "blocksize": int,
 }
+EXPERTS = {**{key: kind for key, kind in LINEAR.items() if key != "bias"}, "num_experts": int, "transposed": bool}
 FOUR_BIT = {"quant_type": str, "double_quant": bool}
 LAYER_SETTINGS = {
     "Linear4bit": {**LINEAR, **FOUR_BIT},
     "Linear8bitLt": {**LINEAR, "threshold": (int, float)},
     "Embedding4bit": {**EMBEDDING, **FOUR_BIT},
     "Embedding8bit": EMBEDDING,
+    "Experts4bit": {**EXPERTS, **FOUR_BIT},
+    "Experts8bit": {**EXPERTS, "threshold": (int, float)},
 }
 """Class -> what ``bnbq.json`` says of a layer of it, and of which kinds."""
 
@@ -226,6 +229,7 @@ LAYER_SETTINGS = {
 def layer_settings(layer) -> dict:
     """What is needed to build a quantised layer again, as JSON: class, sizes, format."""
     from . import nn
+    from .experts import QuantizedExperts
     from .side_branch import SideBranch
 
     if isinstance(layer, nn.QuantizedEmbedding):
@@ -237,40 +241,46 @@ def layer_settings(layer) -> dict:
             "weight_dtype": dtype_name(layer.weight_dtype),
             **layer.format(),
         }
+    experts = isinstance(layer, QuantizedExperts)
     settings = {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
-        "bias": layer.bias is not None,
+        **(
+            {"num_experts": layer.num_experts, "transposed": layer.transposed}
+            if experts
+            else {"bias": layer.bias is not None}
+        ),
         "weight_dtype": dtype_name(layer.weight_dtype),
         "compute_dtype": dtype_name(layer.compute_dtype),
     }
     if isinstance(layer, SideBranch):
         branch = layer.side_branch.a
         settings |= {"side_rank": branch.shape[0], "side_dtype": dtype_name(branch.dtype)}
-    if isinstance(layer, nn.Linear4bit):
+    if hasattr(layer, "quant_type"):
         if layer.activations is not None:
             settings["activations"] = layer.activations
         return {
-            "class": "Linear4bit",
+            "class": "Experts4bit" if experts else "Linear4bit",
             **settings,
             "quant_type": layer.quant_type,
             "blocksize": layer.blocksize,
             "double_quant": layer.double_quant,
         }
-    return {"class": "Linear8bitLt", **settings, "blocksize": layer.blocksize, "threshold": layer.threshold}
+    kind = "Experts8bit" if experts else "Linear8bitLt"
+    return {"class": kind, **settings, "blocksize": layer.blocksize, "threshold": layer.threshold}
 
 
 def layer_from_settings(settings: dict, where: str, device="meta"):
     """The layer that ``layer_settings`` describes, unfilled. The settings are checked: they come from a file."""
-    from . import nn
+    from . import experts, nn
     from .side_branch import attach_empty
 
     named = settings.get("class") if isinstance(settings, dict) else None
     if not isinstance(named, str) or named not in LAYER_SETTINGS:
         raise ValueError(f"{where}: {settings!r} describes no layer of bnbq")
     settings, wanted = {key: value for key, value in settings.items() if key != "class"}, LAYER_SETTINGS[named]
-    build = getattr(nn, named)
-    if build is nn.Linear4bit and "activations" in settings:
+    build = getattr(nn, named, None) or getattr(experts, named)
+    if "quant_type" in wanted and "compute_dtype" in wanted and "activations" in settings:
         wanted = {**wanted, "activations": str}
     if "side_rank" in settings and "in_features" in wanted:
         wanted = {**wanted, "side_rank": int, "side_dtype": str}
@@ -432,8 +442,12 @@ def fitting_embedding(old, layer, name: str):
 
 def replace_layer(modules: dict, name: str, layer: torch.nn.Module, where) -> None:
     """Put ``layer`` where ``name`` is, if what is there has the same sizes."""
-    from . import nn
+    from . import experts, nn
 
+    if isinstance(layer, experts.QuantizedExperts):
+        replace_experts(modules[""], name, layer, where)
+        modules[name] = layer
+        return
     parent, _, leaf = name.rpartition(".")
     old = modules.get(name)
     if old is None or parent not in modules:
@@ -445,6 +459,21 @@ def replace_layer(modules: dict, name: str, layer: torch.nn.Module, where) -> No
     layer.train(old.training)
     setattr(modules[parent], leaf, layer)
     modules[name] = layer
+
+
+def replace_experts(model: torch.nn.Module, name: str, layer, where) -> None:
+    """The same for experts, which are a Parameter in a float model."""
+    from .experts import ExpertWeight, float_part
+    from .replace import put
+
+    try:
+        old = float_part(model, name)
+    except AttributeError:
+        raise ValueError(f"{where}: the model has no expert weight {name!r}") from None
+    shape = tuple(old.weight.shape) if isinstance(old, ExpertWeight) else getattr(old, "weight_shape", None)
+    if shape != layer.weight_shape:
+        raise ValueError(f"{where}: {name} is {list(layer.weight_shape)}; the model's is {shape and list(shape)}")
+    put(model, name, layer)
 
 
 def check_entries(entries: dict, target: dict, where) -> None:

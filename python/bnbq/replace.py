@@ -3,8 +3,9 @@
 ``quantize_model`` does it to any nn.Module; ``select_modules`` and ``make_layer`` are the two halves that the
 transformers integration uses while it loads.
 
-What is replaced: modules of exactly the type nn.Linear, and transformers' Conv1D. Subclasses of nn.Linear
-are left alone, since nothing is known of their forward.
+What is replaced: modules of exactly the type nn.Linear, transformers' Conv1D, and the 3-D Parameters of modules that
+compute through transformers' experts interface (experts.py), which become a module in their place. Subclasses of
+nn.Linear are left alone, since nothing is known of their forward.
 
 What is kept although it could be replaced, and how it is recognised (``keep_reason`` is the code):
 
@@ -17,6 +18,7 @@ What is kept although it could be replaced, and how it is recognised (``keep_rea
     kept in fp32         the model's _keep_in_fp32_modules
     last layer           the owner of the last parameter of a transformers model, as transformers does
     adapter              layers that PEFT added beside or in place of others
+    checkpoint format    expert weights, if the config wants bitsandbytes' format, which has none
 
 With ``quantize_embeddings`` nn.Embedding and its subclasses are candidates too (a subclass keeps its forward). Kept are
 embeddings of a transformers model that no get_input_embeddings() returns: positions, token types. Where an embedding is
@@ -40,8 +42,9 @@ from typing import NamedTuple
 import torch
 from torch import nn as torch_nn
 
-from . import nn
+from . import experts, nn
 from .config import BnbqConfig, check_names
+from .experts import ExpertWeight, QuantizedExperts
 from .matrix import PackedMatrix
 from .packed import PackedModule
 from .report import Report, explain, largest_unquantized, report
@@ -70,9 +73,9 @@ TIE_REASONS = ("output head", "tied weight", "last layer")
 
 
 class Selection(NamedTuple):
-    """Linear layers (and embeddings) by name: those to replace, and why each other one is kept."""
+    """Linear layers, expert weights (and embeddings) by name: those to replace, and why each other one is kept."""
 
-    modules: dict[str, torch_nn.Module]
+    modules: dict[str, torch_nn.Module | ExpertWeight]
     kept: dict[str, str]
 
 
@@ -96,7 +99,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def select(model: torch_nn.Module, config=None, include=(), strict: bool = True) -> Selection:
-    """The linear layers and embeddings of ``model`` that ``config`` quantises, and why the others are kept.
+    """The linear layers, expert weights and embeddings of ``model`` that ``config`` quantises, and why others are kept.
 
     Args:
         include: module names to quantise although a default rule would keep them, beside those in the config.
@@ -113,14 +116,17 @@ def select(model: torch_nn.Module, config=None, include=(), strict: bool = True)
         check_patterns(model, included, "include")
     facts = Facts(model)
     chosen, kept = {}, {}
-    for name, module in model.named_modules():
-        if not (is_linear(module) or (config.quantize_embeddings and isinstance(module, torch_nn.Embedding))):
-            continue
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) or (config.quantize_embeddings and isinstance(module, torch_nn.Embedding))
+    }
+    for name, module in {**candidates, **experts.find(model)}.items():
         skip = next((pattern for pattern in skipped if matches(pattern, name)), None)
         force = next((pattern for pattern in included if matches(pattern, name)), None)
         if skip and force:
             raise ValueError(f"{name} is both in skip_modules ({skip!r}) and in include ({force!r})")
-        impossible = not_replaceable(module)
+        impossible = not_replaceable(module, config)
         if impossible and force == name:
             raise ValueError(f"include: {name} cannot be quantised: {impossible}")
         reason = (
@@ -137,8 +143,8 @@ def select(model: torch_nn.Module, config=None, include=(), strict: bool = True)
     return Selection(chosen, kept)
 
 
-def select_modules(model: torch_nn.Module, config=None, include=(), strict: bool = True) -> dict[str, torch_nn.Module]:
-    """Name -> module for the linear layers and embeddings that ``config`` quantises. Arguments as in ``select``."""
+def select_modules(model: torch_nn.Module, config=None, include=(), strict: bool = True) -> dict:
+    """Name -> module, or ExpertWeight, for what ``config`` quantises. Arguments as in ``select``."""
     return select(model, config, include, strict).modules
 
 
@@ -169,7 +175,7 @@ def tied_names(model: torch_nn.Module, names) -> dict[str, str]:
     """Of the modules of these names, those with the weight of another one -> the other, the same for all that share
     it: an embedding, if there is one. Tells what ``model`` says before anything is replaced."""
     facts, sources = Facts(model), {}
-    roots = {name: facts.root(name) for name in names}
+    roots = {name: facts.root(name) for name in names if name in facts.modules}  # expert weights are no modules
     for name, root in roots.items():
         if name == root or isinstance(facts.modules[name], torch_nn.Embedding):
             sources.setdefault(root, name)
@@ -255,8 +261,10 @@ def input_embeddings(module: torch_nn.Module) -> list[torch_nn.Module]:
     return [] if table is None else [table]
 
 
-def not_replaceable(module: torch_nn.Module) -> str | None:
-    """Why a layer cannot be replaced at all, or None."""
+def not_replaceable(module, config: BnbqConfig) -> str | None:
+    """Why a layer or an expert weight cannot be replaced at all, or None."""
+    if isinstance(module, ExpertWeight):
+        return "bitsandbytes' format has no experts" if config.checkpoint_format == "bitsandbytes" else None
     if isinstance(module, PackedModule):
         return "already quantised"
     if getattr(module, "max_norm", None) is not None:
@@ -269,7 +277,7 @@ def not_replaceable(module: torch_nn.Module) -> str | None:
 
 
 def keep_reason(name: str, module: torch_nn.Module, facts: Facts) -> str | None:
-    """The default rule that keeps a linear layer in float, or None. The table is at the head of this file."""
+    """The default rule (see the head of this file) that keeps a layer or an expert weight in float, or None."""
     parts = set(name.split("."))
     last = name.rpartition(".")[2]
     if isinstance(module, torch_nn.Embedding):
@@ -287,7 +295,7 @@ def keep_reason(name: str, module: torch_nn.Module, facts: Facts) -> str | None:
         return "classifier head"
     if id(module.weight) in facts.tied or name in facts.tied_names:
         return "tied weight"
-    if nn.dense_weight(module).shape[0] == 1:
+    if not isinstance(module, ExpertWeight) and nn.dense_weight(module).shape[0] == 1:
         return "single output"
     return kept_by_owner(name, parts, facts)
 
@@ -318,16 +326,23 @@ def looks_like_moe(module: torch_nn.Module) -> bool:
 # ------------------------------------------------------------------ replacing
 
 
-def make_layer(module: torch_nn.Module, config=None, source=None, *, device=None) -> PackedMatrix:
+def make_layer(module, config=None, source=None, *, device=None) -> PackedMatrix | QuantizedExperts:
     """A quantised layer for a float one.
 
     Args:
-        module: nn.Linear, Conv1D or nn.Embedding; left as it is.
+        module: nn.Linear, Conv1D, nn.Embedding or ExpertWeight; left as it is.
         source: the quantised module that this one is tied to: its packed Parameters are used.
         device: None quantises the weight where it lies (a layer on meta stays unfilled); "meta" makes an
             unfilled layer of the same sizes, to be loaded later.
     """
     config = resolve_config(config)
+    if isinstance(module, ExpertWeight):
+        on_meta = device is not None and torch.device(device).type == "meta"
+        weight = module.weight.detach()
+        layer = experts.layer_class(config.bits).from_weight(
+            weight.to("meta") if on_meta else weight, module.transposed, **config.layer_settings()
+        )
+        return layer if device is None else layer.to(device)
     if source is not None:
         layer = make_layer(module, config, device="meta")
         layer.tie_(source)
@@ -361,6 +376,22 @@ def make_layer(module: torch_nn.Module, config=None, source=None, *, device=None
     return layer
 
 
+def put(model: torch_nn.Module, name: str, layer) -> None:
+    """Put ``layer`` where ``name`` is in the model: a module, or an experts' Parameter for another or the reverse."""
+    owner, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    if leaf in parent._parameters:
+        delattr(parent, leaf)  # nn.Module takes no module for a Parameter's name
+    setattr(parent, leaf, layer)
+    if isinstance(layer, QuantizedExperts):
+        from .integrations.experts import activate
+
+        activate(parent)
+        for projection in experts.projections(parent):  # in one order, whatever the order of replacing
+            if projection in parent._modules:
+                parent._modules[projection] = parent._modules.pop(projection)
+
+
 def quantize_model(
     model: torch_nn.Module,
     config=None,
@@ -371,7 +402,7 @@ def quantize_model(
     include=(),
     progress=None,
 ) -> Report:
-    """Quantise the linear layers of a model in place, and its embeddings if ``config`` says so; place it if asked.
+    """Quantise the linear layers and expert weights of a model in place, and its embeddings if ``config`` says so.
 
     Args:
         model: any nn.Module with its weights in memory; on the meta device its layers are replaced unfilled.
@@ -410,7 +441,11 @@ def quantize_model(
             owners.setdefault(id(module), []).append(name)
     tied = tied_names(model, selection.modules) if config.quantize_embeddings else {}
     ordered = sorted(selection.modules, key=tied.__contains__)  # what is tied follows what it is tied to
-    places = {name: owners[id(selection.modules[name])] for name in ordered}
+    places = {}
+    for name in ordered:
+        module = selection.modules[name]
+        expert = isinstance(module, ExpertWeight)
+        places[name] = [f"{at}.{module.name}" for at in owners[id(module.owner)]] if expert else owners[id(module)]
     kept = selection.kept
     del selection, module  # nothing here may keep a float weight alive
 
@@ -418,7 +453,7 @@ def quantize_model(
     for done, (name, names) in enumerate(places.items()):
         try:
             source = model.get_submodule(tied[name]) if name in tied else None
-            layer = make_layer(model.get_submodule(name), config, source)
+            layer = make_layer(experts.float_part(model, name), config, source)
         except (ValueError, TypeError, RuntimeError) as error:
             kind = next(kind for kind in (ValueError, TypeError, RuntimeError) if isinstance(error, kind))
             raise kind(
@@ -426,8 +461,7 @@ def quantize_model(
                 "this one and the rest are as they were)"
             ) from error
         for place in names:
-            parent, _, attribute = place.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer)
+            put(model, place, layer)
         steps(done + 1, name)
     mark(model, config)
     result = report(model, kept=kept)
@@ -443,7 +477,7 @@ def quantize_model(
 def check_hooks(model, modules) -> None:
     """A model that Accelerate dispatched computes through hooks, which a new layer would not have."""
     for name, module in modules.items():
-        if hasattr(module, "_hf_hook"):
+        if hasattr(getattr(module, "owner", module), "_hf_hook"):
             raise ValueError(
                 f"{name} has a hook of Accelerate: the model was dispatched with a device_map. "
                 "Quantise before dispatching "

@@ -15,7 +15,8 @@ import torch
 from torch import nn as torch_nn
 
 from . import _bnbq, nn, ops_library
-from .matrix import Format4bit, PackedMatrix
+from .experts import QuantizedExperts, expert_weights, float_part
+from .packed import PackedModule
 from .state import LIKE
 
 # ------------------------------------------------------------------ sizes
@@ -44,7 +45,7 @@ def count_parameters(model: torch_nn.Module, trainable: bool | None = None) -> i
     """
     packed = {}  # the first of a layer's packed tensors stands for the weight, the others for nothing
     for module in model.modules():
-        if isinstance(module, PackedMatrix):
+        if isinstance(module, PackedModule):
             for i, name in enumerate(module.packed_spec()):
                 packed[id(module._parameters[name])] = math.prod(module.weight_shape) if i == 0 else 0
             packed[id(module._parameters.get(LIKE))] = 0
@@ -118,14 +119,16 @@ class Report:
     def summary(self) -> str:
         linears = [row for row in self.rows if row.linear]
         quantized = [row for row in linears if row.quantized]
-        tables = len(self.quantized) - len(quantized)
-        embeddings = f" and {tables} embedding{'s' if tables > 1 else ''}" if tables else ""
+        experts = sum(row.kind.startswith("Experts") for row in self.quantized)
+        tables = len(self.quantized) - len(quantized) - experts
+        also = f" and {experts} expert weights" if experts else ""
+        also += f" and {tables} embedding{'s' if tables > 1 else ''}" if tables else ""
         if not self.quantized:
             return f"0 of {len(linears)} linear layers quantised, {readable(self.bytes)}"
         formats = sorted({row.format for row in self.quantized})
         kept = [row.name for row in linears if not row.quantized]
         line = (
-            f"{len(quantized)} of {len(linears)} linear layers{embeddings} quantised to {', '.join(formats)}: "
+            f"{len(quantized)} of {len(linears)} linear layers{also} quantised to {', '.join(formats)}: "
             f"{self.fraction:.1%} of the bytes, "
             f"{self.bits:.2f} bits per weight, {readable(self.bytes_as_float)} -> {readable(self.bytes)}"
         )
@@ -199,7 +202,7 @@ def report(
         tied = [k for k in tensors if k not in owned]
         row = (
             describe_quantized(name, module, owned)
-            if isinstance(module, PackedMatrix)
+            if isinstance(module, PackedModule)
             else describe_float(name, module, owned, kept)
         )
         if tied and not owned:
@@ -210,7 +213,7 @@ def report(
     return Report(rows)
 
 
-def describe_quantized(name: str, layer: PackedMatrix, owned: dict) -> Row:
+def describe_quantized(name: str, layer: PackedModule, owned: dict) -> Row:
     packed, weights = {key: layer._parameters[key] for key in layer.packed_spec()}, math.prod(layer.weight_shape)
     others = [tensor for key, tensor in owned.items() if key not in packed]
     logical = weights if "qweight" in owned else 0
@@ -224,7 +227,7 @@ def describe_quantized(name: str, layer: PackedMatrix, owned: dict) -> Row:
         logical + sum(tensor.numel() for tensor in others if tensor is not layer._parameters.get(LIKE)),
         True,
         "",
-        explain(layer).kernel if linear else "decodes the rows asked for",
+        "decodes the rows asked for" if isinstance(layer, nn.QuantizedEmbedding) else explain(layer).kernel,
         logical * layer.weight_dtype.itemsize + sum(map(size_of, others)),
         linear,
     )
@@ -244,10 +247,12 @@ def describe_float(name: str, module: torch_nn.Module, owned: dict, kept: dict) 
         why = kept.get(name, "not quantised")
     elif isinstance(module, (torch_nn.Embedding, torch_nn.EmbeddingBag)):
         why = f"embedding, {kept[name]}" if name in kept else "embedding"
+    elif reasons := {kept[f"{name}.{key}"] for key in expert_weights(module) if f"{name}.{key}" in kept}:
+        why = ", ".join(sorted(reasons))
     elif any(
         tensor.dim() >= 3 for key, tensor in owned.items() if key in module._parameters and "expert" in f"{name}.{key}"
     ):
-        why = "3-D expert weights, not a linear layer"
+        why = "3-D expert weights outside of Transformers' experts interface"
     else:
         why = "buffers" if not count else "not a linear layer"
     return Row(
@@ -265,15 +270,16 @@ def describe_float(name: str, module: torch_nn.Module, owned: dict, kept: dict) 
     )
 
 
-def format_name(layer: PackedMatrix) -> str:
-    if isinstance(layer, Format4bit):
+def format_name(layer: PackedModule) -> str:
+    if hasattr(layer, "quant_type"):
         return f"{layer.quant_type}/{layer.blocksize}" + ("+dq" if layer.double_quant else "")
     return f"int8/{layer.blocksize or 'row'}"
 
 
 def find_kept(model: torch_nn.Module) -> dict[str, str]:
-    """Linear layer -> why it is float, by the settings the model was quantised with; {} for a float model."""
-    if not any(isinstance(module, PackedMatrix) for module in model.modules()):
+    """Linear layer or expert weight -> why it is float, by the settings the model was quantised with; {} for a float
+    model."""
+    if not any(isinstance(module, PackedModule) for module in model.modules()):
         return {}
     from .config import BnbqConfig
     from .replace import select
@@ -282,16 +288,16 @@ def find_kept(model: torch_nn.Module) -> dict[str, str]:
     return select(model, config if isinstance(config, BnbqConfig) else None, strict=False).kept
 
 
-def relative_error(name: str, layer: PackedMatrix, against: torch_nn.Module) -> float | None:
+def relative_error(name: str, layer: PackedModule, against: torch_nn.Module) -> float | None:
     try:
-        other = against.get_submodule(name)
-        weight = other.weight.detach() if isinstance(other, torch_nn.Embedding) else nn.dense_weight(other)
+        other = float_part(against, name)
+        whole = isinstance(layer, QuantizedExperts) or isinstance(other, torch_nn.Embedding)
+        weight = other.weight.detach() if whole else nn.dense_weight(other)
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"report: against has no linear layer {name!r}: {error}") from None
+        kind = "expert weight" if isinstance(layer, QuantizedExperts) else "linear layer"
+        raise ValueError(f"report: against has no {kind} {name!r}: {error}") from None
     if tuple(weight.shape) != layer.weight_shape:
-        raise ValueError(
-            f"report: {name} is {list(layer.weight_shape)}, in against it is {list(weight.shape)}"
-        )
+        raise ValueError(f"report: {name} is {list(layer.weight_shape)}, in against it is {list(weight.shape)}")
     if weight.is_meta or layer.qweight.is_meta:
         return None
     weight = weight.float()
@@ -344,19 +350,19 @@ class Explanation:
         )
 
 
-def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
+def explain(layer: nn.QuantizedLinear | QuantizedExperts, m: int | None = None) -> Explanation:
     """Say which kernel multiplies by this layer's weight on this machine, and why.
 
     Args:
-        m: rows of the input; None tells where the choice depends on it.
+        m: rows of the input, of experts those that one of them gets; None tells where the choice depends on it.
 
     The input is taken to have the dtype that the layer's weight reports. Raises TypeError for another kind of module.
     """
-    if not isinstance(layer, nn.QuantizedLinear):
+    if not isinstance(layer, (nn.QuantizedLinear, QuantizedExperts)):
         raise TypeError(f"explain: got {type(layer).__name__}, expected a quantised layer of bnbq.nn")
     if m is not None and (isinstance(m, bool) or not isinstance(m, int) or m < 0):
         raise ValueError(f"explain: m is {m!r}, expected a number of rows")
-    four = isinstance(layer, nn.Linear4bit)
+    four = hasattr(layer, "quant_type")
     crossing = four and layer.in_features % layer.blocksize != 0
     family = "s8" if not four else "w4a8" if layer.activations and not crossing else "q4"
     dtype = str((layer.compute_dtype if four else None) or layer.weight_dtype).removeprefix("torch.")
@@ -394,6 +400,8 @@ def explain(layer: nn.QuantizedLinear, m: int | None = None) -> Explanation:
         reasons.append(bfloat16_reason(row["bf16_min_m"], row["bf16_max_m"], m))
     if not four:
         reasons.append(outlier_reason(layer.threshold))
+    if isinstance(layer, QuantizedExperts):
+        reasons.append("expert by expert, only those that rows are routed to")
     return Explanation(layer.describe(), kernel, dtype, reasons)
 
 

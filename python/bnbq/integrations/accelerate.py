@@ -113,7 +113,7 @@ def default_device_map(device_map):
 def swap_layers(model, config, packed: set, branches: dict) -> tuple[dict, dict]:
     """Replace the layers by unfilled quantised ones.
 
-    Returns (name -> is the float weight stored transposed, name of a Parameter -> those of all that are tied to it).
+    Returns (name -> must the float weight be transposed first, name of a Parameter -> all that are tied to it).
     """
     transposed, aliases = {}, {}
     chosen = replace.select_modules(model, config)
@@ -126,8 +126,8 @@ def swap_layers(model, config, packed: set, branches: dict) -> tuple[dict, dict]
         layer.source_cls = type(module)
         if name in branches:
             attach_empty(layer, *branches[name])
-        transposed[name] = is_conv1d(module)
-        model.set_submodule(name, layer)
+        transposed[name] = isinstance(module, torch.nn.Module) and is_conv1d(module)
+        replace.put(model, name, layer)
     for name, source in tied.items():
         if name not in transposed:
             continue
@@ -180,8 +180,8 @@ class Loader:
         unexpected = []
         for path in files:
             for name, read in tensors_of(path):
-                module, _, leaf = name.rpartition(".")
-                if leaf == "weight" and module in self.transposed:
+                module = name if name in self.transposed else name.removesuffix(".weight")  # experts have no ".weight"
+                if module in self.transposed:
                     self.put_packed(module, read().to(self.device(name, loading=True)))
                 elif name in self.wanted:
                     self.put(name, read())

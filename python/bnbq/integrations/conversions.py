@@ -5,7 +5,8 @@ returns where the device map says: memory, or a file for "disk". So these conver
 their full names and never touch the model, and offloading works like for any other parameter.
 
     `Quantize`            weight                               -> qweight, absmax, ...   while loading a float model
-    `QuantizeConverted`   what a converter of the model makes  -> the same, for models that split or fuse weights
+    `QuantizeConverted`   what a converter of the model makes  -> the same, for models that split, fuse or stack weights
+    `ConvertFloat`        the model's converters in a quantised checkpoint: they must not touch packed tensors
     `ReadBitsandbytes`    bitsandbytes' names                  -> ours
     `WriteBitsandbytes`   ours -> bitsandbytes' names, while saving
 
@@ -15,6 +16,8 @@ turned into a report; and saving has to see the layer's settings.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -28,7 +31,7 @@ from ..checkpoint_bnb import (
     native_from_bnb4,
     native_from_bnb8,
 )
-from ..packed import PackedModule
+from ..experts import QuantizedExperts
 from ..state import LIKE
 
 BNB_KEYS = tuple(sorted({*BNB4_KEYS, *BNB8_KEYS}, key=len, reverse=True))
@@ -70,10 +73,11 @@ class Quantize(Converter):
 
     def rename_source_key(self, source_key):
         module, _, leaf = source_key.rpartition(".")
-        if leaf != "weight" or not self.quantizer.owns(module):
+        name = module if leaf == "weight" and self.quantizer.owns(module) else source_key
+        if not self.quantizer.owns(name):  # experts are a Parameter of their own name
             return source_key, None
         self._was_used = True
-        return f"{module}.qweight", "weight"
+        return f"{name}.qweight", "weight"
 
     def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
         return quantize_weight(model, layer_name.rpartition(".")[0], self.one_of_each()["weight"], self.quantizer)
@@ -82,25 +86,48 @@ class Quantize(Converter):
         raise NotImplementedError("a quantised weight is not saved as the float weight it came from")
 
 
-class QuantizeConverted(WeightConverter):
-    """Runs a converter of the model (fused projections, say) and quantises what it makes for quantised layers."""
+class WrappedConverter(WeightConverter):
+    """A converter of the model, and what we do before or after it. ``inner`` is what saving reverses."""
 
     def __init__(self, inner: WeightConverter, quantizer):
         super().__init__(list(inner.source_patterns), list(inner.target_patterns), inner.operations, inner.force_cpu)
         self.inner, self.quantizer = inner, quantizer
 
     def __deepcopy__(self, memo):
-        import copy
-
         return type(self)(copy.deepcopy(self.inner, memo), self.quantizer)
 
     def rename_source_key(self, source_key):
         renamed, pattern = self.inner.rename_source_key(source_key)
+        self._was_used |= pattern is not None
+        return renamed, pattern
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+        self.inner.collected_tensors, self.inner.layer_targets = self.collected_tensors, self.layer_targets
+        return self.inner.convert(layer_name, model=model, config=config, loading_info=loading_info)
+
+    def reverse_transform(self):
+        return self.inner.reverse_transform()
+
+
+class ConvertFloat(WrappedConverter):
+    """Leaves packed tensors alone: a pattern for ``experts.down_proj`` finds ``experts.down_proj.qweight`` as well."""
+
+    def rename_source_key(self, source_key):
+        layer, _, leaf = source_key.rpartition(".")
+        if leaf in PACKED_NAMES and self.quantizer.owns(layer):
+            return source_key, None
+        return super().rename_source_key(source_key)
+
+
+class QuantizeConverted(WrappedConverter):
+    """Quantises what a converter of the model makes for quantised layers (fused projections, stacked experts)."""
+
+    def rename_source_key(self, source_key):
+        renamed, pattern = super().rename_source_key(source_key)
         if pattern is not None:
-            self._was_used = True
-            module, _, leaf = renamed.rpartition(".")
-            if leaf == "weight" and self.quantizer.owns(module):
-                renamed = f"{module}.qweight"
+            layer = renamed.removesuffix(".weight")
+            if self.quantizer.owns(layer):
+                renamed = f"{layer}.qweight"
         return renamed, pattern
 
     def targets(self, renamed: str) -> list[str]:
@@ -109,20 +136,35 @@ class QuantizeConverted(WeightConverter):
         return [renamed.replace(first, other) for other in self.inner.target_patterns]
 
     def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
-        self.inner.collected_tensors, self.inner.layer_targets = self.collected_tensors, self.layer_targets
-        made = self.inner.convert(dense_name(layer_name), model=model, config=config, loading_info=loading_info)
+        name = self.quantizer.float_name(layer_name)
+        made = super().convert(name, model=FloatShapes(model), config=config, loading_info=loading_info)
         result = {}
-        for name, tensor in made.items():
+        for name in list(made):
+            tensor = made.pop(name)
             tensor = tensor[0] if isinstance(tensor, list) else tensor
-            module, _, leaf = name.rpartition(".")
-            if leaf == "weight" and isinstance(model.get_submodule(module), PackedModule):
-                result.update(quantize_weight(model, module, tensor, self.quantizer))
+            layer = name.removesuffix(".weight")
+            if layer in self.quantizer.names:
+                result.update(quantize_weight(model, layer, tensor, self.quantizer))
             else:
                 result[name] = tensor
         return result
 
-    def reverse_transform(self):
-        return self.inner.reverse_transform()
+
+class FloatShapes:
+    """The model for operations that look at a parameter's shape: for experts that of the float weight, on meta."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        owner, _, leaf = name.rpartition(".")
+        packed = self.model.get_submodule(owner)._modules.get(leaf)
+        if isinstance(packed, QuantizedExperts):
+            return torch.empty(packed.weight_shape, device="meta")
+        return self.model.get_parameter(name)
 
 
 class ReadBitsandbytes(Converter):
@@ -197,11 +239,6 @@ class WriteBitsandbytes(Converter):
 # ------------------------------------------------------------------ pieces
 
 
-def dense_name(name: str) -> str:
-    """The name of the float weight for that of the packed one; other names stay."""
-    return name.removesuffix(".qweight") + ".weight" if name.endswith(".qweight") else name
-
-
 def stored(model, name: str, parameter: torch.Tensor) -> torch.Tensor:
     """A parameter's data, fetched from memory or disk if it is offloaded."""
     if parameter.device.type != "meta":
@@ -216,6 +253,12 @@ def quantize_weight(model, name: str, dense: torch.Tensor, quantizer) -> dict:
     With them comes what the layers that share the weight need: the further Parameters of embeddings, and a copy of
     their own where they are offloaded to disk, since Transformers ties what is in memory."""
     layer = model.get_submodule(name)
+    if isinstance(layer, QuantizedExperts):
+        try:
+            layer._check_dense(dense)
+            return packed_parameters(layer, name, layer.packed(dense))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
     if not dense.is_floating_point():
         raise TypeError(
             f"{name}.weight is {describe(dense)}; wanted a float tensor. Is the checkpoint quantised in another way?"

@@ -14,6 +14,7 @@ import torch
 
 from ..checkpoint import PACKED_NAMES, SAFETENSORS_DTYPES, Entry, check_entry, opened, read_headers
 from ..checkpoint_bnb import BNB4_KEYS, BNB8_KEYS, QUANT_STATE, bnb4_settings
+from ..experts import ExpertWeight
 from ..side_branch import PARTS, attach_empty
 
 NATIVE = (*PACKED_NAMES, *PARTS)
@@ -66,9 +67,12 @@ class StoredCheckpoint:
         self.files = [str(path) for path in files]
         self.entries, self.recorded = read_headers(self.files)
         self.layers: dict[str, StoredLayer] = {}
+        self.floats: set[str] = set()  # by the model's names, or almost: those that are stacked are single still
         self.checksums: dict[str, str] = {}
         for key, entry in self.entries.items():
             module, leaf = split_key(key)
+            if leaf is None or leaf == "weight":
+                self.floats.add(rename(key))
             if leaf is None:
                 continue
             name = rename(f"{module}.weight").removesuffix(".weight")
@@ -84,11 +88,11 @@ class StoredCheckpoint:
     def where(self) -> str:
         return self.files[0] if len(self.files) == 1 else f"{self.files[0]} and {len(self.files) - 1} more"
 
-    def choose(self, layers: dict, rules: set) -> dict:
+    def choose(self, candidates: dict, rules: set) -> dict:
         """Which of the model's layers are quantised: name -> StoredLayer.
 
         Args:
-            layers: every linear layer and embedding of the model by name.
+            candidates: every linear layer, embedding and expert weight of the model by name.
             rules: names of those that quantising this model afresh would choose.
 
         A layer that the files do not have at all is a hole if others like it are there (ValueError); otherwise it
@@ -98,7 +102,7 @@ class StoredCheckpoint:
         for name, layer in self.layers.items():
             if not layer.quantized:
                 continue
-            if name in layers:
+            if name in candidates:
                 chosen[name] = layer
         for name in sorted(rules - set(chosen)):
             present = self.layers.get(name)
@@ -108,6 +112,8 @@ class StoredCheckpoint:
                         f"{present.files}: {name}.weight is {present.entries['weight']} without scales: the checkpoint "
                         "has no quantised layer by this name that can be read"
                     )
+                continue
+            if isinstance(candidates[name], ExpertWeight) and self.has_float_experts(name):
                 continue
             if hole_pattern(name) in self.holes or f"{name}.qweight" in self.recorded:
                 raise ValueError(
@@ -181,9 +187,10 @@ class StoredCheckpoint:
                 f"{entries[extra[0]].file}: {name}.{extra[0]} is unexpected; {layer.describe()} has {', '.join(wanted)}"
             )
 
-    def provided(self, name: str) -> bool:
-        """Do the files have the float weight of this layer?"""
-        return name in self.layers and "weight" in self.layers[name].entries
+    def has_float_experts(self, name: str) -> bool:
+        """Do the files have this expert weight in float, whole or expert by expert?"""
+        one = re.compile(rf"{re.escape(name.rpartition('.')[0])}\.\d+\.")
+        return name in self.floats or any(one.match(other) for other in self.floats)
 
 
 def split_key(key: str) -> tuple[str, str | None]:

@@ -20,9 +20,10 @@ from transformers.utils import logging
 from transformers.utils.hub import PushToHubMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import checkpoint, nn, placement
+from .. import checkpoint, experts, nn, placement
 from .. import config as settings
 from ..checkpoint import PACKED_NAMES
+from ..matrix import PackedMatrix
 from ..packed import PackedModule
 from ..side_branch import SideBranch
 from .ties import name_ties, untie_rest
@@ -49,9 +50,9 @@ class BnbqQuantizer(HfQuantizer):
     def __init__(self, quantization_config, **kwargs):
         # A copy: saving for bitsandbytes writes into it, and the caller may use the same settings again.
         super().__init__(copy.copy(quantization_config), **kwargs)
-        self.names: set[str] = set()  # of the quantised layers
+        self.names: set[str] = set()  # of the quantised layers, those that hold experts included
         self.rules: set[str] = set()  # of those that quantising afresh would choose
-        self.originals: dict = {}  # name -> the float layer on meta, while loading
+        self.originals: dict = {}  # name -> the float layer or Parameter on meta, while loading
         self.tied: dict = {}  # name of a quantised layer -> the one whose weight it has, while loading
         self.device_map: dict | None = None
         self.checkpoint_files: list = []
@@ -147,7 +148,7 @@ class BnbqQuantizer(HfQuantizer):
         tied = replace.tied_names(model, layers)
         self.stored = StoredCheckpoint(self.checkpoint_files, file_renaming(model, conversions))
         self.stored.check_strangers(model)
-        chosen = self.stored.choose(layers, self.rules - tied.keys())
+        chosen = self.stored.choose({**layers, **experts.find(model)}, self.rules - tied.keys())
         described = self.stored.bnb_settings(
             [name for name, layer in chosen.items() if not layer.native and layer.bits == 4]
         )
@@ -185,11 +186,16 @@ class BnbqQuantizer(HfQuantizer):
         self.tied = replace.tied_names(model, configs)
         layers = {}
         for name, config in configs.items():
-            module = self.originals[name] = model.get_submodule(name)
-            layer = layers[module] = replace.make_layer(module, config, device="meta")
-            layer.source_cls = type(module)  # Conv1D stores its weight transposed, and is what dequantising restores
-            # A buffer of an embedding that no file has (a scale) is for the model's own initialisation.
-            layer._is_hf_initialized = not layer._buffers
+            module = experts.float_part(model, name)
+            layer = replace.make_layer(module, config, device="meta")
+            if isinstance(module, experts.ExpertWeight):
+                self.originals[name] = module.weight
+                replace.put(model, name, layer)
+            else:
+                self.originals[name], layers[module] = module, layer
+                layer.source_cls = type(module)  # Conv1D stores it transposed, and is what dequantising restores
+                # A buffer of an embedding that no file has (a scale) is for the model's own initialisation.
+                layer._is_hf_initialized = not layer._buffers
         self.put(model, layers)
         self.names.update(configs)
         name_ties(model)
@@ -200,6 +206,15 @@ class BnbqQuantizer(HfQuantizer):
         for name, module in list(model.named_modules(remove_duplicate=False)):
             if module in modules:
                 model.set_submodule(name, modules[module])
+
+    def undo(self, model, name: str, original) -> None:
+        """Put a float layer, or a float Parameter of experts, back where a quantised one is."""
+        from .. import replace
+
+        if isinstance(original, torch.nn.Parameter):
+            replace.put(model, name, original)
+        else:
+            self.put(model, {model.get_submodule(name): original})
 
     def sharing(self, name: str) -> set:
         """Names of the quantised layers that have the weight of this one, itself included; while loading."""
@@ -220,16 +235,27 @@ class BnbqQuantizer(HfQuantizer):
             or (name.startswith(f"{self.prefix}.") and name.removeprefix(f"{self.prefix}.") in self.names)
         )
 
+    def float_name(self, name: str) -> str:
+        """The name of the float weight for that of the packed one, while loading; other names stay."""
+        layer = name.removesuffix(".qweight")
+        if layer == name or isinstance(self.originals.get(layer), torch.nn.Parameter):
+            return layer
+        return f"{layer}.weight"
+
     def update_weight_conversions(self, weight_conversions, model):
         """The model's own conversions, made to quantise what they make for us, and then ours."""
         from transformers.core_model_loading import WeightConverter
 
-        from .conversions import Quantize, QuantizeConverted, ReadBitsandbytes
+        from .conversions import ConvertFloat, Quantize, QuantizeConverted, ReadBitsandbytes
 
         if self.pre_quantized:
             if self.checkpoint_files:
                 self.plan_from_files(model, weight_conversions)
-            return [*weight_conversions, ReadBitsandbytes(self)]
+            kept = [
+                ConvertFloat(entry, self) if isinstance(entry, WeightConverter) else entry
+                for entry in weight_conversions
+            ]
+            return [*kept, ReadBitsandbytes(self)]
         wrapped = [
             QuantizeConverted(entry, self) if isinstance(entry, WeightConverter) else entry
             for entry in weight_conversions
@@ -243,8 +269,6 @@ class BnbqQuantizer(HfQuantizer):
         """Layers whose weight no file has (a new head) stay float: Transformers initialises and reports them."""
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        from .conversions import dense_name
-
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -252,14 +276,14 @@ class BnbqQuantizer(HfQuantizer):
         for key in checkpoint.read_headers(self.checkpoint_files)[0]:
             name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
             entry = by_pattern.get(pattern)
-            names = entry.targets(dense_name(name)) if hasattr(entry, "targets") else [name]
-            coming.update(n.rpartition(".")[0] for n in names if n.endswith((".qweight", ".weight")))
+            names = entry.targets(self.float_name(name)) if hasattr(entry, "targets") else [name]
+            coming.update(n.removesuffix(".qweight").removesuffix(".weight") for n in names)
         for entry in conversions:
             entry._was_used = False
         new = sorted(name for name in self.names if not coming & self.sharing(name))
         for name in new:
             logger.warning(f"bnbq: {name} stays in float: the checkpoint has no weight for it")
-        self.put(model, {model.get_submodule(name): self.originals.pop(name) for name in new})
+            self.undo(model, name, self.originals.pop(name))
         self.names.difference_update(new)
         name_ties(model)
 
@@ -293,8 +317,13 @@ class BnbqQuantizer(HfQuantizer):
 
     def finish(self, model) -> None:
         """What saving and pushing a quantised model need."""
+        from .experts import refuse_lost_adapters
+
         name_ties(model)
         self.keep_for_saving(model)
+        hooks = model._forward_pre_hooks.values()
+        if refuse_lost_adapters not in hooks and any(isinstance(m, experts.QuantizedExperts) for m in model.modules()):
+            model.register_forward_pre_hook(refuse_lost_adapters)
         model.add_model_tags([self.quantization_config.quant_method])
         model._upload_modified_files = UploadWithCard()
 
@@ -305,9 +334,9 @@ class BnbqQuantizer(HfQuantizer):
         is dropped: that layer and its neighbours are saved under the model's own names, which load as well.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import PrefixChange, WeightConverter
+        from transformers.core_model_loading import PrefixChange
 
-        from .conversions import Converter, QuantizeConverted, ReadBitsandbytes
+        from .conversions import Converter, ReadBitsandbytes, WrappedConverter
 
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is None:  # not from from_pretrained: what Transformers would take when it saves
@@ -319,8 +348,8 @@ class BnbqQuantizer(HfQuantizer):
         ours = [f"{name}.{leaf}" for name in self.names for leaf in ("weight", *PACKED_NAMES)]
         kept = []
         for entry in conversions:
-            entry = entry.inner if isinstance(entry, QuantizeConverted) else entry
-            if not isinstance(entry, Converter) and not (isinstance(entry, WeightConverter) and reverts(entry, ours)):
+            entry = entry.inner if isinstance(entry, WrappedConverter) else entry
+            if not isinstance(entry, Converter) and not reverts(entry, ours):
                 kept.append(entry)
         if self.quantization_config.checkpoint_format == "bitsandbytes":
             if any(isinstance(module, nn.QuantizedEmbedding) for module in model.modules()):
@@ -375,13 +404,14 @@ class BnbqQuantizer(HfQuantizer):
     def _dequantize(self, model, dtype=None):
         """Float layers of the kind there was before, in ``dtype``. Needs the packed tensors in memory."""
         layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
-        kinds = original_kinds(model, layers)
+        matrices = {name: layer for name, layer in layers.items() if isinstance(layer, PackedMatrix)}
+        kinds = original_kinds(model, matrices)
         for name, layer in layers.items():
             if layer.qweight.device.type == "meta":
                 raise ValueError(
                     f'{name} is offloaded; load the model without "cpu" or "disk" beside other devices to dequantise it'
                 )
-            self.put(model, {layer: float_layer(layer, dtype, kinds[name])})
+            self.undo(model, name, float_layer(layer, dtype, kinds.get(name)))
             self.names.discard(name)
         name_ties(model)
         model.tie_weights(recompute_mapping=False)
@@ -405,13 +435,16 @@ def original_kinds(model, layers: dict) -> dict:
     return kinds
 
 
-def float_layer(layer, dtype: torch.dtype | None = None, kind: type = torch.nn.Linear, weight=None):
-    """The float layer that a quantised one stands for, of the class that was there. Hooks move along.
+def float_layer(layer, dtype: torch.dtype | None = None, kind: type | None = torch.nn.Linear, weight=None):
+    """The float layer that a quantised one stands for, of the class that was there, or the Parameter of experts. Hooks
+    move along.
 
     ``weight`` [out_features, in_features] takes the place of a linear layer's own.
     """
     from transformers.pytorch_utils import Conv1D
 
+    if isinstance(layer, experts.QuantizedExperts):
+        return torch.nn.Parameter(layer.dequantize(dtype))
     if isinstance(layer, nn.QuantizedEmbedding):
         new = layer.to_embedding(dtype)
     else:
@@ -434,12 +467,18 @@ def float_layer(layer, dtype: torch.dtype | None = None, kind: type = torch.nn.L
 
 
 def reverts(entry, names) -> bool:
-    """Would saving run one of these parameters through the reverse of this conversion?"""
+    """Would saving run one of these parameters through the reverse of this conversion? A mere new name is fine, unless
+    it reads like one of bitsandbytes' (``weight.absmax``)."""
+    from transformers.core_model_loading import WeightConverter
+
     try:
         reverse = entry.reverse_transform()
     except NotImplementedError:
         return False
-    return any(reverse.rename_source_key(name)[1] is not None for name in names)
+    renamed = [reverse.rename_source_key(name) for name in names]
+    if isinstance(entry, WeightConverter):
+        return any(pattern is not None for _, pattern in renamed)
+    return any(name.rpartition(".")[0].endswith(".weight") for name, _ in renamed)
 
 
 def file_renaming(model, conversions):
