@@ -66,8 +66,10 @@ def test_equals_quantising_while_loading(source, tmp_path, name):
 def test_other_architectures(tmp_path, make):
     folder = make(tmp_path / "float")
     summary = quantize(folder, tmp_path / "out")
-    if make is small_models.mixture:  # experts are no linear layers: the summary says where the bytes are
-        assert "model.layers.*.mlp.experts.*.up_proj.weight" in summary.text()
+    if make is small_models.mixture:
+        assert summary.experts == 4 and "linear layers and expert weights" in summary.text()
+        copied = quantize(folder, tmp_path / "bitsandbytes", {"checkpoint_format": "bitsandbytes"})
+        assert copied.experts == 0 and "model.layers.*.mlp.experts.*.up_proj.weight" in copied.text()
     auto = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
     same_state(
         auto.from_pretrained(tmp_path / "out"), auto.from_pretrained(folder, quantization_config=bnbq.BnbqConfig())

@@ -21,7 +21,8 @@ from .errors import UserError
 
 @dataclass
 class Layer:
-    """One quantised layer. ``shape`` is [out, in], None where neither file nor float model tells it."""
+    """One quantised layer. ``shape`` is [out, in], of experts [experts, out, in], None where neither file nor float
+    model tells it."""
 
     name: str
     format: str
@@ -110,7 +111,7 @@ class Checkpoint:
         elif self.method == "bnbq":
             bits, quant_type, blocksize = self.config.bits, self.config.quant_type, self.config.blocksize
             packed = self.source.shapes[keys["qweight"]]
-            shape = None if len(packed) == 1 else (packed[0], packed[1] * (8 // bits))
+            shape = None if len(packed) == 1 else (*packed[:-1], packed[-1] * (8 // bits))
         elif "SCB" in keys:
             shape = self.source.shapes[keys["weight"]]
         else:
@@ -121,7 +122,7 @@ class Checkpoint:
             }
             settings = checkpoint_bnb.bnb4_settings(small, name)
             bits, quant_type, blocksize, shape = 4, settings["quant_type"], settings["blocksize"], settings["shape"]
-        flat = bits == 4 and (shape is None or shape[1] % blocksize)
+        flat = bits == 4 and (shape is None or shape[-1] % blocksize)
         double = "absmax2" in keys or "weight.nested_absmax" in keys
         count = math.prod(shape) if shape else None
         return Layer(
@@ -140,6 +141,8 @@ class Checkpoint:
         from . import ops
 
         parts, bits = self.read(row.name), 8 if row.format == "int8" else 4
+        if len(row.shape or ()) == 3:
+            return self.dequantize_experts(row, parts, bits)
         if self.method == "bitsandbytes":
             convert = checkpoint_bnb.native_from_bnb8 if bits == 8 else checkpoint_bnb.native_from_bnb4
             parts, _ = convert(parts, row.name, tuple(row.shape))
@@ -159,6 +162,17 @@ class Checkpoint:
             raise UserError(f"{self.path}: {row.name} has no tensor {error}") from error
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.path}: {row.name}: {error}") from error
+
+
+    def dequantize_experts(self, row: Layer, parts: dict, bits: int):
+        """f32[experts, n, k]."""
+        from .experts import layer_class
+
+        count, n, k = row.shape
+        settings = {"quant_type": row.format.removesuffix("+dq"), "double_quant": row.double_quant} if bits == 4 else {}
+        experts = layer_class(bits)(count, k, n, blocksize=row.blocksize, device="meta", **settings)
+        experts.load_state_dict(parts, assign=True)
+        return experts.dequantize()
 
 
 def kernel(family: str) -> str:
@@ -183,11 +197,27 @@ def find_float(source: shards.Source, name: str) -> str:
     return close[0]
 
 
+def is_expert_weight(source: shards.Source, row: Layer) -> bool:
+    """Is a row about experts, going by its shape or by what the float checkpoint has in its place?"""
+    if f"{row.name}.weight" in source.shapes:
+        return False
+    owner = row.name.rpartition(".")[0]
+    return (
+        len(row.shape or ()) == 3
+        or row.name in source.shapes
+        or any(key.startswith(f"{owner}.0.") for key in source.shapes)
+    )
+
+
 def compare(target: Checkpoint, row: Layer, source: shards.Source, files: dict[str, str]) -> None:
-    """Fill in a row's error and SNR."""
-    key = find_float(source, row.name)
+    """Fill in a row's error and SNR; not of experts that the float checkpoint stores one by one, or whose blocks
+    cross rows (no file says where their rows end)."""
+    experts = is_expert_weight(source, row)
+    if experts and (row.name not in source.shapes or len(row.shape or ()) != 3):
+        return
+    key = row.name if experts else find_float(source, row.name)
     dense = source.tensor(files[key], key).float()
-    if dense.dim() != 2:
+    if dense.dim() != (3 if experts else 2):
         raise UserError(f"{source.folder}: {key} has shape {list(dense.shape)}, a linear layer's weight is wanted")
     row.shape = row.shape or list(dense.shape)
     count = math.prod(row.shape)
@@ -197,8 +227,8 @@ def compare(target: Checkpoint, row: Layer, source: shards.Source, files: dict[s
         raise UserError(
             f"{source.folder}: {key} has shape {list(dense.shape)}, the quantised layer {list(weight.shape)}"
         )
-    # GPT-2's Conv1D stores its weight transposed; where the shape does not tell, the smaller error does
-    candidates = [d for d in (dense, dense.t()) if d.shape == weight.shape]
+    # GPT-2's Conv1D and some experts store it transposed; where the shape does not tell, the smaller error does
+    candidates = [d for d in (dense, dense.mT) if d.shape == weight.shape]
     norm = dense.double().norm().item()
     distance = min((weight - d).double().norm().item() for d in candidates)
     row.error = distance / norm if norm else (0.0 if distance == 0 else math.inf)
@@ -229,7 +259,8 @@ def examine(path, against=None) -> dict:
         "largest_other": sorted(rest, key=rest.get, reverse=True)[:3],
     }
     if against is not None:
-        totals["error"] = sum(row.error for row in rows) / len(rows)
+        errors = [row.error for row in rows if row.error is not None]
+        totals["error"] = sum(errors) / len(errors) if errors else None
     return {
         "path": str(path),
         "method": target.method,
@@ -255,7 +286,9 @@ def describe(facts: dict) -> str:
             row["kernel"],
         ]
         if compared:
-            line += [f"{row['error']:.5f}", f"{row['snr']:.2f}" if row["snr"] is not None else "exact"]
+            known = row["error"] is not None
+            snr = f"{row['snr']:.2f}" if row["snr"] is not None else "exact" if known else "-"
+            line += [f"{row['error']:.5f}" if known else "-", snr]
         lines.append(line)
     totals = facts["totals"]
     share = 100 * totals["bytes"] / max(totals["bytes"] + totals["other_bytes"], 1)
@@ -267,7 +300,7 @@ def describe(facts: dict) -> str:
         f"other tensors: {totals['other_bytes'] / 1e6:,.1f} MB, {100 - share:.1f} % of the file"
         + (f" (largest: {', '.join(totals['largest_other'])})" if totals["largest_other"] else ""),
     ]
-    if compared:
+    if compared and totals["error"] is not None:
         text.append(f"mean relative error {totals['error']:.5f} against {facts['against']}")
     return "\n".join(text)
 

@@ -8,6 +8,7 @@ by one rename when everything is written and synced; anything that fails before 
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, checkpoint_bnb, ops, shards
+from . import checkpoint, checkpoint_bnb, experts, ops, shards
 from .config import COMPUTE_DTYPES, BnbqConfig
 from .errors import UserError
 from .folders import check_places, copy_side_files, staging
@@ -28,8 +29,8 @@ FLOAT_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 @dataclass
 class Job:
-    """One tensor of the source. ``module`` is None for one that is copied; else the layer it becomes,
-    under ``prefix`` (the name in the file, without ``.weight``)."""
+    """One tensor of the source, or those that are stacked to one expert weight. ``module`` is None for one that is
+    copied; else the layer it becomes, under ``prefix`` (the name in the file, without ``.weight``)."""
 
     key: str
     file: str
@@ -41,6 +42,17 @@ class Job:
     outputs: list[str] = field(default_factory=list)
     checksums: list[str] = field(default_factory=list)  # metadata keys, for native tensors under either format
     size: int = 0  # bytes to be written, near enough to cut shards
+    stack: Stack | None = None  # of an expert weight
+
+
+@dataclass
+class Stack:
+    """The tensors of an expert weight: (key, file, source pattern of the converter that stacks them) of each, and
+    how that is done."""
+
+    weight: experts.ExpertWeight
+    names: Names
+    parts: list[tuple[str, str, str | None]] = field(default_factory=list)
 
 
 @dataclass
@@ -57,6 +69,7 @@ class Summary:
     kept: list[str]
     copied: dict[str, int]  # bytes of what was copied, by name with * for numbers
     embeddings: int = 0  # of those quantised
+    experts: int = 0  # of those quantised
 
     def text(self) -> str:
         """One line: how much was quantised and what was not."""
@@ -67,7 +80,7 @@ class Summary:
             for name, size in sorted(self.copied.items(), key=lambda item: -item[1])
             if size > 0.05 * self.bytes_before
         ]
-        also = " and embeddings" if self.embeddings else ""
+        also = (" and expert weights" if self.experts else "") + (" and embeddings" if self.embeddings else "")
         return (
             f"{self.path}: {self.quantized} of {self.linears} linear layers{also}, {share:.1f} % of the bytes, "
             f"{megabytes(self.bytes_before)} -> {megabytes(self.bytes_after)} MB in {self.shards} "
@@ -133,6 +146,7 @@ def quantize_checkpoint(
         kept,
         copied,
         sum(f"{job.prefix}.{LIKE}" in job.outputs for job in quantized),
+        sum(job.stack is not None for job in quantized),
     )
 
 
@@ -215,17 +229,33 @@ class Names:
         except ImportError:  # Transformers 4 renames by prefix only
             self.renamings = self.converters = []
 
-    def find(self, key: str, known: dict | None = None) -> tuple[str, bool]:
-        """(name of the parameter, does a conversion stand between file and parameter)."""
+    def find(self, key: str, known: dict | None = None) -> tuple[str, str | None]:
+        """(name of the parameter, the pattern of the conversion between file and parameter if there is one)."""
         known = known or self.known
         if self.rename is not None:
             name, pattern = self.rename(key, self.renamings, self.converters, self.prefix, known)
             if name in known or key not in known:
-                return name, pattern is not None
+                return name, pattern
         if key in known or not self.prefix:
-            return key, False
+            return key, None
         stripped = key.removeprefix(f"{self.prefix}.")
-        return (stripped if stripped in known else f"{self.prefix}.{key}"), False
+        return (stripped if stripped in known else f"{self.prefix}.{key}"), None
+
+    def file_name(self, name: str, key: str) -> str:
+        """What a new tensor ``name`` is called in a file where ``key`` belongs to the same module."""
+        for renaming in reversed(self.renamings):
+            if renaming.rename_source_key(key)[1] is not None:
+                name = renaming.reverse_transform().rename_source_key(name)[0]
+        return name
+
+    def stack(self, name: str, pattern: str, tensors: list):
+        """What the converter that has this source pattern makes of ``tensors``, (pattern, tensor) in the files' order,
+        for the parameter ``name``."""
+        converter = next(rule for rule in self.converters if pattern in rule.source_patterns)
+        converter = copy.deepcopy(converter)
+        for source, tensor in tensors:
+            converter.add_tensor(name, name, source, tensor)
+        return converter.convert(name, model=self.model, config=self.model.config)
 
 
 def plan(model, source: shards.Source, config: BnbqConfig):
@@ -244,6 +274,13 @@ def plan(model, source: shards.Source, config: BnbqConfig):
         nbytes = shards.tensor_bytes(source, key)
         name, converted = names.find(key)
         module = name.removesuffix(".weight")
+        if isinstance(selected.get(name), experts.ExpertWeight):
+            if name not in found:
+                found[name] = expert_job(name, key, file, selected[name], names, after, config)
+                jobs.append(found[name])
+            found[name].stack.parts.append((key, file, converted))
+            found[name].nbytes += nbytes
+            continue
         if not name.endswith(".weight") or module not in selected:
             jobs.append(Job(key, file, nbytes, outputs=[key], size=nbytes))
             continue
@@ -285,7 +322,31 @@ def plan(model, source: shards.Source, config: BnbqConfig):
     lost = sorted(selected.keys() - found.keys() - tied)
     if holes := [name for name in lost if wildcards(name) in set(map(wildcards, found))]:
         raise UserError(f"{source.folder}: has no weight for {', '.join(holes[:3])}{' ...' if len(holes) > 3 else ''}")
-    return jobs, sorted([*selection.kept, *lost])  # a head that no file has is left to from_pretrained, which says so
+    # Experts never are in bitsandbytes' format; its list of what is skipped need not name them.
+    kept = set(selection.kept) - (experts.find(model).keys() if config.checkpoint_format == "bitsandbytes" else set())
+    return jobs, sorted([*kept, *lost])  # a head that no file has is left to from_pretrained, which says so
+
+
+def expert_job(name: str, key: str, file: str, weight, names: Names, after: dict, config: BnbqConfig) -> Job:
+    """The job of an expert weight of which ``key`` is the first tensor; the caller adds the tensors."""
+    count, *_ = shape = tuple(weight.weight.shape)
+    n, k = (shape[2], shape[1]) if weight.transposed else shape[1:]
+    prefix = names.file_name(name, key)
+    if prefix.endswith(".weight") or names.find(f"{prefix}.qweight", after)[0] != f"{name}.qweight":
+        prefix = name  # "weight.absmax" is bitsandbytes' name for another tensor; for the rest as with linear layers
+    return Job(
+        key,
+        file,
+        0,
+        prefix,
+        name,
+        (n, k),
+        weight.transposed,
+        [f"{prefix}.{part}" for part in native_parts(config)],
+        [f"{checkpoint.CRC_PREFIX}{prefix}.{part}" for part in native_parts(config)],
+        count * packed_size(n, k, config),
+        Stack(weight, names),
+    )
 
 
 def wildcards(name: str) -> str:
@@ -373,6 +434,9 @@ def write_shards(folder: Path, groups, source: shards.Source, config: BnbqConfig
 
 def convert(job: Job, source: shards.Source, config: BnbqConfig, dtype: torch.dtype):
     """(what one tensor of the source becomes, by names in the file; the packed tensors alone, for checksums)."""
+    if job.stack is not None:
+        native = pack_experts(job, source, config, torch.float32 if dtype == torch.float64 else dtype)
+        return {f"{job.prefix}.{part}": value for part, value in native.items()}, tuple(native.values())
     tensor = source.tensor(job.file, job.key)
     if job.module is None:
         return {job.key: tensor}, ()
@@ -410,6 +474,31 @@ def convert(job: Job, source: shards.Source, config: BnbqConfig, dtype: torch.dt
     if f"{job.prefix}.{LIKE}" in job.outputs:
         named = {**named, LIKE: torch.zeros(1, dtype=dtype)}
     return {f"{job.prefix}.{part}": value for part, value in named.items()}, tuple(native.values())
+
+
+def pack_experts(job: Job, source: shards.Source, config: BnbqConfig, dtype: torch.dtype) -> dict:
+    """The packed tensors of an expert weight by part. Its float tensors are in memory together, and stacked."""
+    from transformers.core_model_loading import dot_natural_key
+
+    weight, parts = job.stack.weight, sorted(job.stack.parts, key=lambda part: dot_natural_key(part[0]))
+    where = f"{source.folder}: {parts[0][0]!r}{f' and {len(parts) - 1} others' if len(parts) > 1 else ''}"
+    for key, file, _ in parts:
+        if source.dtypes[key] not in FLOAT_NAMES:
+            raise UserError(f"{source.folder / file}: {key!r} has dtype {source.dtypes[key]}, a float dtype is wanted")
+    tensors = [(pattern, source.tensor(file, key).to(dtype)) for key, file, pattern in parts]
+    try:
+        if parts[0][2] is not None:
+            made = job.stack.names.stack(job.module, parts[0][2], tensors)
+            if list(made) != [job.module]:
+                raise UserError(f"{where} become {', '.join(made)} when loaded, which cannot be streamed")
+            tensors = [(None, value[0] if isinstance(value, list) else value) for value in made.values()]
+        layer = experts.layer_class(config.bits).from_weight(
+            weight.weight.to("meta"), weight.transposed, **config.layer_settings()
+        )
+        layer._check_dense(tensors[0][1])
+        return layer.packed(tensors[0][1])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def where_not_finite(tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
