@@ -30,6 +30,7 @@ _HOME = {
     "merge": "bnbq.merging",
     "MergeRefused": "bnbq.merging",
     "get_peft_model": "bnbq.integrations.peft",
+    "lora_config": "bnbq.integrations.experts",
     "load_and_quantize": "bnbq.integrations.accelerate",
     "save": "bnbq.checkpoint",
     "load": "bnbq.checkpoint",
