@@ -140,3 +140,19 @@ def test_what_adapters_on_experts_cannot_be_is_an_error(layout):
         lost = peft.get_peft_model(model, config)
     with pytest.raises(ValueError, match="lora_config"):
         lost(IDS)
+
+
+def test_merging_leaves_quantised_experts_whole_or_says_that_it_cannot(layout):
+    folder, _ = layout
+    model = quantized(folder, {"bits": 4})
+    before = {name: packed.state_dict() for name, packed in packed_experts(model).items()}
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False)
+    merged = bnbq.merge(peft.get_peft_model(model, config), keep="bf16").model
+    for name, state in before.items():
+        now = merged.get_submodule(name).state_dict()
+        assert all(torch.equal(now[leaf], tensor) and now[leaf].dtype == tensor.dtype for leaf, tensor in state.items())
+    assert logits(merged).isfinite().all()
+    model = adapted(quantized(folder, {"bits": 4}), target_modules=["o_proj", "experts"])
+    with pytest.raises(ValueError, match="adapts quantised experts"):
+        bnbq.merge(model)

@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .experts import QuantizedExperts
 from .nn import QuantizedLinear
+from .packed import PackedModule
 from .report import format_name
 from .scale_search import requantize
 from .side_branch import LowRank, SideBranch, attach
@@ -162,6 +164,11 @@ def check(base: torch.nn.Module) -> dict:
             if not key.startswith("base_layer.") and not parameter.is_meta and not torch.isfinite(parameter).all():
                 raise ValueError(f"merge: {name}.{key} of the adapter is not finite")
         layer = getattr(module, "base_layer", None)
+        if any(isinstance(part, QuantizedExperts) for part in getattr(layer, "_modules", {}).values()):
+            raise ValueError(
+                f"merge: {name} adapts quantised experts, of which nothing is measured here; keep the adapter, or use "
+                "PEFT's merge_and_unload(), which requantises the experts with it"
+            )
         if isinstance(layer, QuantizedLinear):
             if layer.qweight.is_meta:
                 raise ValueError(f"merge: {name} is offloaded or has no data; load the model into memory to merge")
@@ -329,7 +336,7 @@ def settle_bf16(model: torch.nn.Module, names) -> None:
         if isinstance(module, LowRank):
             continue
         packed = ()
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, PackedModule):
             packed, module.weight_dtype = module.packed_spec(), torch.bfloat16
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point() and key not in packed:
