@@ -29,8 +29,8 @@ static inline size_t bnbq_dtype_size(bnbq_dtype dtype) {
 
 typedef enum bnbq_status {
     BNBQ_OK = 0,
-    BNBQ_NO_MEMORY,  /* scratch could not be allocated */
-    BNBQ_NOT_FINITE, /* a weight is NaN or Inf; the flat index of the first one is reported */
+    BNBQ_NO_MEMORY,    /* scratch could not be allocated */
+    BNBQ_NOT_FINITE,   /* a weight is NaN or Inf; the flat index of the first one is reported */
     BNBQ_DEVICE_ERROR, /* a GPU reported one; bnbq_cuda.h */
 } bnbq_status;
 

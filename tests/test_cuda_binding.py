@@ -211,7 +211,7 @@ def test_no_memory_is_an_exception(cuda, linear):
     for turn in range(allocations):
         cuda.fake.allocations.clear()
         cuda.fake.fail_allocation = turn
-        with pytest.raises(MemoryError, match="CUDA out of memory. Tried") as error:
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory. Tried") as error:
             linear(cuda.core, inputs(), x=strided)
         assert cuda.fake.alive == 0
         messages.append(str(error.value))

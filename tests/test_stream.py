@@ -390,6 +390,7 @@ def test_interrupt_leaves_nothing(source, tmp_path, name):
     script = textwrap.dedent(f"""
         import os, signal, sys
         from bnbq import cli, stream
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
         convert = stream.convert
         def slow(job, *rest):
             if job.module and "layers.1" in job.module:

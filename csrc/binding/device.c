@@ -56,11 +56,21 @@ static DLManagedTensorVersioned *request(bnbq_call *call, DLDataType dtype, int6
                                                                                     : NULL;
 }
 
+void bnbq_no_cuda_memory(const bnbq_call *call, const char *what) {
+    PyObject *torch = get_torch();
+    PyObject *type = torch == NULL ? NULL : PyObject_GetAttrString(torch, "OutOfMemoryError");
+    if (type == NULL)
+        PyErr_Clear(); /* torch before 2.5 */
+    bnbq_fail(call, type == NULL ? PyExc_MemoryError : type, "%s: %s", what, call->cuda.error);
+    Py_XDECREF(type);
+    Py_XDECREF(torch);
+}
+
 PyObject *bnbq_allocate_cuda(bnbq_call *call, bnbq_arg *out, DLDataType dtype, int64_t *shape,
                              int ndim) {
     DLManagedTensorVersioned *managed = request(call, dtype, shape, ndim);
     if (managed == NULL) {
-        bnbq_fail(call, PyExc_MemoryError, "out cannot be allocated: %s", call->cuda.error);
+        bnbq_no_cuda_memory(call, "out cannot be allocated");
         return NULL;
     }
     void *tensor;

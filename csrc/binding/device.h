@@ -23,6 +23,9 @@ static inline bool bnbq_on_cuda(const bnbq_call *call) {
 bool bnbq_enter_cuda(bnbq_call *call);
 void bnbq_leave_cuda(bnbq_call *call);
 
+/* Raise what torch raises for this, a RuntimeError: code that retries with less looks for it. */
+void bnbq_no_cuda_memory(const bnbq_call *call, const char *what);
+
 /* New reference: an uninitialised tensor on the call's device; `out` views it. The module's torch
  * has the exchange API. */
 PyObject *bnbq_allocate_cuda(bnbq_call *call, bnbq_arg *out, DLDataType dtype, int64_t *shape,

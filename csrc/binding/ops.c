@@ -135,13 +135,13 @@ static void drop(PyObject *result) {
 
 static PyObject *finish(bnbq_call *call, bnbq_status status, PyObject *result) {
     if (status != BNBQ_OK) {
-        const char *why = call->cuda.error;
         drop(result);
         result = NULL;
         if (PyErr_Occurred() != NULL) { /* torch has said what is wrong */
+        } else if (status == BNBQ_NO_MEMORY && bnbq_on_cuda(call)) {
+            bnbq_no_cuda_memory(call, "no memory for working space");
         } else if (status == BNBQ_NO_MEMORY) {
-            bnbq_fail(call, PyExc_MemoryError, "no memory for working space%s%s", *why ? ": " : "",
-                      why);
+            bnbq_fail(call, PyExc_MemoryError, "no memory for working space");
         } else if (status == BNBQ_NOT_FINITE) { /* of a weight: with its index, before this */
             bnbq_fail(call, PyExc_ValueError, "absmax has a NaN or an Inf, wanted finite scales");
         } else {
