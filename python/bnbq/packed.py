@@ -79,6 +79,14 @@ class PackedModule(nn.Module):
             self.weight_dtype = probe.dtype if probe.dtype in WEIGHT_DTYPES else torch.float32
         return self
 
+    def _replicate_for_data_parallel(self):
+        """A replica holds no Parameters, and would take the packed bytes to every GPU anew for each batch."""
+        raise RuntimeError(
+            f"{self.describe()}: torch.nn.DataParallel cannot replicate packed weights; use one process per GPU "
+            "(DistributedDataParallel or FSDP2, started by torchrun or accelerate launch), or let the process see one "
+            "GPU (CUDA_VISIBLE_DEVICES)"
+        )
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
