@@ -16,7 +16,7 @@ enum {
     THREADS = 256,
     WARPS = THREADS / WARP,
     WORD = 8, /* codes */
-    VALUES = 16 * WARP * 4 + sizeof(q4_map),
+    VALUES = 16 * WARP * 4 + sizeof(dynamic_map),
 };
 
 /* Shared memory of both kernels begins with the codebook, each value once per lane, so that every
@@ -26,7 +26,8 @@ struct tables {
     float offset;
 };
 
-DEVICE tables load_tables(const q4_operands &op, const q4_codebook &codebook, const q4_map &map) {
+DEVICE tables load_tables(const q4_operands &op, const q4_codebook &codebook,
+                          const dynamic_map &map) {
     float *values = (float *)shared_memory();
     for (int i = (int)threadIdx.x; i < 16 * WARP; i += THREADS)
         values[i] = codebook.values[i / WARP];
@@ -89,7 +90,7 @@ DEVICE void load_x(const q4_operands &op, int64_t token, int64_t column, float x
 template <int ROWS, int TOKENS>
 __global__ void __launch_bounds__(THREADS, 1) /* or 10.0 spills at 128 registers */
     stream_kernel(const __grid_constant__ q4_operands op, const __grid_constant__ q4_codebook book,
-                  const __grid_constant__ q4_map map) {
+                  const __grid_constant__ dynamic_map map) {
     const int64_t row0 = (int64_t)blockIdx.x * ROWS, token0 = q4_tile() * TOKENS;
     const tables at = load_tables(op, book, map);
     sync_threads();
@@ -153,7 +154,7 @@ enum {
 
 __global__ void __launch_bounds__(THREADS)
     tile_kernel(const __grid_constant__ q4_operands op, const __grid_constant__ q4_codebook book,
-                const __grid_constant__ q4_map map) {
+                const __grid_constant__ dynamic_map map) {
     const int64_t row0 = (int64_t)blockIdx.x * TILE, token0 = q4_tile() * TILE;
     const tables at = load_tables(op, book, map);
     float *w = (float *)((char *)shared_memory() + VALUES), *x = w + CHUNK * TILE_LD;
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(THREADS)
 
 template <int ROWS, int TOKENS>
 static bnbq_status launch_stream(bnbq_cuda_call *call, const q4_operands *op,
-                                 const q4_codebook &codebook, const q4_map &map) {
+                                 const q4_codebook &codebook, const dynamic_map &map) {
     return launch<stream_kernel<ROWS, TOKENS>>(call, q4_grid(op, ROWS, TOKENS), THREADS,
                                                VALUES + WARPS * ROWS * TOKENS * sizeof(float), *op,
                                                codebook, map);
@@ -222,7 +223,7 @@ bnbq_status q4_fma(bnbq_cuda_call *call, const q4_operands *op, const bnbq_forma
     q4_codebook codebook;
     for (int i = 0; i < 16; i++)
         codebook.values[i] = format->codebook[i];
-    const q4_map map = q4_dynamic_map();
+    const dynamic_map map = get_dynamic_map();
     if (op->m > 8 && !batch_invariant)
         return launch<tile_kernel>(call, q4_grid(op, TILE, TILE), THREADS,
                                    VALUES + 2 * CHUNK * TILE_LD * sizeof(float), *op, codebook,

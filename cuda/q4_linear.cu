@@ -39,13 +39,6 @@ static q4_shape_id choose(const q4_problem &p) {
     return 2 * ceil_div(p.n, 128) * ceil_div(m, 64) >= processors ? Q4_64x2 : Q4_32x1;
 }
 
-static int log2_of(int64_t power) {
-    int log2 = 0;
-    while (power >> log2 > 1)
-        log2++;
-    return log2;
-}
-
 bnbq_status bnbq_cuda_linear_4bit(bnbq_cuda_call *call, const bnbq_tensor *x, const bnbq_weight4 *w,
                                   const bnbq_tensor *bias, bnbq_dtype compute_dtype,
                                   const bnbq_tensor *y) {

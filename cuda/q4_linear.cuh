@@ -10,7 +10,7 @@
 #ifndef BNBQ_Q4_LINEAR_CUH
 #define BNBQ_Q4_LINEAR_CUH
 
-#include "launch.cuh"
+#include "absmax.cuh"
 
 /* y = x . W^T + bias with x[m, k] in the compute dtype. */
 struct q4_operands {
@@ -26,10 +26,6 @@ struct q4_operands {
 
 struct q4_codebook {
     float values[16];
-};
-
-struct q4_map {
-    float values[256];
 };
 
 /* Which kernel: q4_fma.cu's, or "tokens x tiles" of q4_mma.cuh, where a block takes `tokens` rows
@@ -68,16 +64,9 @@ DEVICE int64_t q4_tile() {
     return (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
 }
 
-static inline q4_map q4_dynamic_map() {
-    q4_map map;
-    for (int i = 0; i < 256; i++)
-        map.values[i] = bnbq_dynamic_map[i];
-    return map;
-}
-
 template <bool DOUBLE> struct q4_scales;
 template <> struct q4_scales<false> {};
-template <> struct q4_scales<true> { q4_map map; };
+template <> struct q4_scales<true> { dynamic_map map; };
 
 /* A scale as it was loaded. */
 template <bool DOUBLE> struct raw_scale;
@@ -98,13 +87,13 @@ DEVICE float decode_scale(raw_scale<false> scale, const float *, float) {
     return scale.value;
 }
 DEVICE float decode_scale(raw_scale<true> scale, const float *map, float offset) {
-    return add_rn(mul_rn(map[scale.code], scale.absmax2), offset);
+    return decode_absmax(map[scale.code], scale.absmax2, offset);
 }
 
 template <bool DOUBLE> q4_scales<DOUBLE> q4_get_scales() {
     q4_scales<DOUBLE> scales;
     if constexpr (DOUBLE)
-        scales.map = q4_dynamic_map();
+        scales.map = get_dynamic_map();
     return scales;
 }
 

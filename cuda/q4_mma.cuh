@@ -82,7 +82,7 @@ template <int TOKENS, int TILES, bool HALVES, bool DOUBLE> struct q4_shape {
     static constexpr int MIN_BLOCKS = TOKENS == 64 && !HALVES && !DOUBLE ? 3 : 2;
     static constexpr int LD = ROWS + 4; /* of the sums at the end: no bank conflicts */
     static constexpr size_t SUMS = K_WARPS * TOKENS * LD * sizeof(float);
-    static constexpr size_t LOOP = TABLE + (DOUBLE ? sizeof(q4_map) : 0);
+    static constexpr size_t LOOP = TABLE + (DOUBLE ? sizeof(dynamic_map) : 0);
     static constexpr size_t SHARED = LOOP > SUMS ? LOOP : SUMS;
 };
 

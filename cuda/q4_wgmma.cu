@@ -200,7 +200,7 @@ template <bool BF16, bool DOUBLE, int TOKENS>
 bnbq_status run(bnbq_cuda_call *call, const product &p, const q4_codebook &codebook,
                 int64_t parts) {
     size_t shared = (size_t)STAGES * TOKENS * TILE_BYTES + 256 * COPIES * sizeof(float2) +
-                    (DOUBLE ? sizeof(q4_map) : 0);
+                    (DOUBLE ? sizeof(dynamic_map) : 0);
     dim3 grid((unsigned)(p.token_tiles * ceil_div(p.op.n, ROWS)), (unsigned)parts);
     return launch<q4_wgmma_kernel<BF16, DOUBLE, TOKENS>>(call, grid, THREADS, shared, p, codebook,
                                                          q4_get_scales<DOUBLE>());

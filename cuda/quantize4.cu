@@ -22,6 +22,7 @@
  * Rejected: tables in shared memory (as many wavefronts, and tables to fill); a search in four
  * steps (11 instructions, 3 shuffles); selecting thresholds in registers (19); 15 comparisons (30).
  */
+#include "absmax.cuh"
 #include "units.cuh"
 
 #include <math.h>
@@ -154,10 +155,6 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-static int log2_of(int64_t blocksize) {
-    return __builtin_ctzll((uint64_t)blocksize);
-}
-
 bnbq_status bnbq_cuda_quantize_4bit(bnbq_cuda_call *call, const bnbq_tensor *w,
                                     const struct bnbq_format *format, int64_t blocksize,
                                     uint8_t *qweight, float *absmax) {
@@ -178,23 +175,12 @@ bnbq_status bnbq_cuda_quantize_4bit(bnbq_cuda_call *call, const bnbq_tensor *w,
 
 /* ---------------------------------------------------------------- dequantise */
 
-struct dynamic_map {
-    float values[256];
-};
-
-static dynamic_map get_dynamic_map() {
-    dynamic_map map;
-    for (int i = 0; i < 256; i++)
-        map.values[i] = bnbq_dynamic_map[i];
-    return map;
-}
-
-/* `map` stays in constant memory: the lanes of a warp look up few blocks. */
+/* `map` stays in constant memory. */
 DEVICE float load_scale(const bnbq_absmax &absmax, const dynamic_map &map, int64_t block) {
     if (absmax.absmax)
         return absmax.absmax[block];
     float value = map.values[absmax.codes[block]];
-    return add_rn(mul_rn(value, absmax.absmax2[block / BNBQ_ABSMAX_BLOCK]), *absmax.offset);
+    return decode_absmax(value, absmax.absmax2[block / BNBQ_ABSMAX_BLOCK], *absmax.offset);
 }
 
 template <bnbq_dtype DTYPE>
