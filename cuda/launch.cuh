@@ -53,6 +53,11 @@ struct device_facts {
 /* Asked of the driver once per device. */
 bnbq_status get_facts(bnbq_cuda_call *call, device_facts *facts);
 
+/* BNBQ_CUDA_WGMMA=1: kernels with the warpgroup products of 9.0. Off until somebody has seen them
+ * right on a GPU, since the emulator's idea of these comes from the same reading of the manual as
+ * the kernels. */
+bool wgmma_is_on();
+
 /* For launch() below. */
 bnbq_status launch_kernel(bnbq_cuda_call *call, const void *kernel, std::atomic<uint64_t> *prepared,
                           dim3 grid, unsigned threads, size_t shared, void **arguments);

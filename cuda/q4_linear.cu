@@ -1,21 +1,12 @@
 /* q4_linear.cu - the front of bnbq_cuda_linear_4bit: which kernel takes which problem. */
 #include "q4_linear.cuh"
 
-#include <stdlib.h>
-
 struct q4_problem {
     int64_t m, n, k, blocksize;
     bnbq_dtype compute_dtype;
     bool batch_invariant;
     int capability, multiprocessors;
 };
-
-/* BNBQ_CUDA_WGMMA=1: off until somebody has seen it right on a GPU, since the emulator's idea of
- * warpgroup products comes from the same reading of the manual as the kernel. */
-static bool wgmma_is_on() {
-    const char *value = getenv("BNBQ_CUDA_WGMMA");
-    return value && value[0] == '1';
-}
 
 /* The bounds are predictions, not measurements: how many blocks keep the multiprocessors busy. */
 static q4_shape_id choose(const q4_problem &p) {

@@ -2,6 +2,7 @@
 #include "launch.cuh"
 
 #include <stdio.h>
+#include <stdlib.h>
 
 #ifdef BNBQ_EMULATE
 
@@ -113,6 +114,11 @@ bnbq_status launch_kernel(bnbq_cuda_call *call, const void *kernel, std::atomic<
 }
 
 #endif
+
+bool wgmma_is_on() {
+    const char *value = getenv("BNBQ_CUDA_WGMMA");
+    return value && value[0] == '1';
+}
 
 bnbq_status bnbq_cuda_capability(bnbq_cuda_call *call, int *capability) {
     device_facts facts;

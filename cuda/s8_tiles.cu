@@ -1,4 +1,5 @@
-/* s8_tiles.cu - the int8 product for many rows of x: tiles of 128 rows of W by 128 rows of x.
+/* s8_tiles.cu - the int8 product for many rows of x: tiles of 128 rows of W by 128 rows of x; by
+ * mma as follows, and for 9.0 also by warpgroup products (at the end).
  *
  * Stages of 64 columns of both come by cp.async, STAGES - 1 ahead, and go to m16n8k32 by ldmatrix.
  * Rows of a stage are 64 bytes, two in a line of 128; the 16-byte pieces of a row are exchanged by
@@ -21,6 +22,7 @@
  * bytes each. Blocks run through up to GROUP tiles of x before they go to the next rows of W, so
  * both stay in L2.
  */
+#include "hopper.cuh"
 #include "s8.cuh"
 
 enum {
@@ -185,6 +187,68 @@ DEVICE void store_columns(const s8_linear &op, int64_t token, int64_t j, const f
     }
 }
 
+/* The rows of W and of x that this block multiplies: through up to GROUP tiles of x first. */
+DEVICE void find_tile(const s8_linear &op, int *row0, int *token0) {
+    unsigned row_tiles = (unsigned)((op.n + TILE - 1) / TILE),
+             token_tiles = (unsigned)((op.m + TILE - 1) / TILE);
+    unsigned group = blockIdx.x / (row_tiles * GROUP), rest = blockIdx.x % (row_tiles * GROUP);
+    unsigned in_group = (unsigned)least(token_tiles - group * GROUP, GROUP);
+    *token0 = (int)(group * GROUP + rest % in_group) * TILE;
+    *row0 = (int)(rest / in_group) * TILE;
+}
+
+/* All threads; a barrier must follow. */
+DEVICE void note_tile(const s8_linear &op, tile_notes *notes, int row0, int token0) {
+    int thread = (int)threadIdx.x, tokens = (int)least(op.m - token0, TILE);
+    bool mine_any = false;
+    for (int i = thread; i < TILE; i += (int)blockDim.x) {
+        uint2 row = i < tokens ? op.rows[(int64_t)token0 + i] : uint2{0, 0};
+        notes->x_scales[i] = x_scale_of(row);
+        mine_any |= row.y != 0;
+    }
+    uint32_t warp_any = vote(mine_any);
+    if (thread % WARP == 0)
+        notes->any[thread / WARP] = warp_any;
+    if (thread == 0) {
+        notes->row0 = row0;
+        notes->token0 = token0;
+    }
+}
+
+/* All threads, each of which has put its part of y into shared memory: outliers, bias, and y to
+ * where it belongs. Outliers in PASSES parts of x need fewer registers, and stage W as often. */
+template <bool BLOCKED, int WARPS, int PASSES = 1>
+DEVICE void finish_tile(const s8_linear &op, char *shared, int warp_row, int warp_token) {
+    constexpr int R = 4, C = TILE / (WARPS / 2) / 8 / PASSES, PIECES = TILE * 4 / (WARPS * WARP);
+    const float *tile = (const float *)shared;
+    const tile_notes *notes = (const tile_notes *)(shared + WORK_BYTES);
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    uint32_t any = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++)
+        any |= notes->any[i];
+#pragma unroll 1
+    for (int pass = 0; any && pass < PASSES; pass++) {
+        int first = warp_token + pass * 8 * C;
+        if (op.x.dtype == BNBQ_F32)
+            add_outliers<BNBQ_F32, BLOCKED, PIECES, R, C>(op, shared, warp_row, first);
+        else if (op.x.dtype == BNBQ_BF16)
+            add_outliers<BNBQ_BF16, BLOCKED, PIECES, R, C>(op, shared, warp_row, first);
+        else
+            add_outliers<BNBQ_F16, BLOCKED, PIECES, R, C>(op, shared, warp_row, first);
+        if (PASSES > 1)
+            sync_threads();
+    }
+    sync_threads();
+    int token0 = notes->token0, tokens = (int)least(op.m - token0, TILE);
+    int64_t j = notes->row0 + 4 * lane;
+    float bias[4] = {};
+    for (int i = 0; op.bias && i < 4; i++)
+        bias[i] = j + i < op.n ? load_float(op.bias, op.bias_dtype, j + i) : 0.0f;
+    for (int i = warp; i < tokens; i += WARPS)
+        store_columns(op, token0 + i, j, *(const float4 *)(tile + i * Y_LD + 4 * lane), bias);
+}
+
 #endif
 
 template <bool BLOCKED, int WARPS>
@@ -198,12 +262,8 @@ __global__ void __launch_bounds__(WARPS *WARP, 8 / WARPS)
     int warp = thread / WARP, k = (int)op.k;
     int warp_row = warp % 2 * 64, warp_token = warp / 2 * (C * 8);
 
-    unsigned row_tiles = (unsigned)((op.n + TILE - 1) / TILE),
-             token_tiles = (unsigned)((op.m + TILE - 1) / TILE);
-    unsigned group = blockIdx.x / (row_tiles * GROUP), rest = blockIdx.x % (row_tiles * GROUP);
-    unsigned in_group = (unsigned)least(token_tiles - group * GROUP, GROUP);
-    int token0 = (int)(group * GROUP + rest % in_group) * TILE,
-        row0 = (int)(rest / in_group) * TILE;
+    int row0, token0;
+    find_tile(op, &row0, &token0);
     int tokens = (int)least(op.m - token0, TILE);
 
     constexpr int PIECES = TILE * 4 / THREADS;
@@ -223,20 +283,7 @@ __global__ void __launch_bounds__(WARPS *WARP, 8 / WARPS)
         commit_copies();
     }
 
-    bool mine_any = false;
-    for (int i = thread; i < TILE; i += THREADS) {
-        uint2 row = i < tokens ? op.rows[(int64_t)token0 + i] : uint2{0, 0};
-        notes->x_scales[i] = x_scale_of(row);
-        mine_any |= row.y != 0;
-    }
-    uint32_t warp_any = vote(mine_any);
-    if (lane == 0)
-        notes->any[warp] = warp_any;
-    if (thread == 0) {
-        notes->row0 = row0;
-        notes->token0 = token0;
-    }
-
+    note_tile(op, notes, row0, token0);
     int32_t acc[R][C][4] = {};
     float y[R][C][4] = {};
     /* The sums since the last call belong to block b of W's scales. */
@@ -305,27 +352,82 @@ __global__ void __launch_bounds__(WARPS *WARP, 8 / WARPS)
         tile[(warp_token + 8 * c + 2 * t + i % 2) * Y_LD + warp_row + 16 * r + i / 2 % 2 * 8 + g] =
             y[r][c][i % 4];
     }
-    uint32_t any = 0;
+    finish_tile<BLOCKED, WARPS>(op, shared, warp_row, warp_token);
+#endif
+}
+
+/* The same tile by warpgroup products: two warpgroups with 64 rows of W each, both operands in
+ * swizzled shared memory. A stage has 128 columns; of two stages one is copied while the other is
+ * multiplied, and two blocks of a multiprocessor make up for what waits. */
+enum { WIDE_STAGE_K = TILE_BYTES, WIDE_SIDE_BYTES = TILE * TILE_BYTES };
+static_assert(4 * WIDE_SIDE_BYTES <= WORK_BYTES && WIDE_SIDE_BYTES % SWIZZLE_ATOM == 0, "");
+
+__global__ void __launch_bounds__(8 * WARP, 2)
+    wgmma_tiles_kernel(const __grid_constant__ s8_linear op) {
+#if HAS_WGMMA
+    constexpr int PIECES = 4; /* of 16 bytes per thread and side */
+    char *shared = (char *)shared_memory();
+    tile_notes *notes = (tile_notes *)(shared + WORK_BYTES);
+    int thread = (int)threadIdx.x, lane = thread % WARP, warp = thread / WARP, k = (int)op.k;
+    int row0, token0;
+    find_tile(op, &row0, &token0);
+    const int8_t *w = op.w.qweight + (int64_t)row0 * op.k;
+    const int8_t *x = op.q + (int64_t)token0 * op.padded;
+    const int last_row = (int)least(op.n - row0, TILE) - 1;
+    const int last_token = (int)least(op.m - token0, TILE) - 1;
+    const int to = swizzled(thread / 8, thread % 8);
+    auto copy_stage = [&](int step) {
+        char *stage = shared + step % 2 * (2 * WIDE_SIDE_BYTES) + to;
+        int c = step * WIDE_STAGE_K + thread % 8 * 16;
+        bool valid = c < k;
+        c = valid ? c : 0;
 #pragma unroll
-    for (int i = 0; i < WARPS; i++)
-        any |= notes->any[i];
-    if (any) {
-        if (op.x.dtype == BNBQ_F32)
-            add_outliers<BNBQ_F32, BLOCKED, PIECES, R, C>(op, shared, warp_row, warp_token);
-        else if (op.x.dtype == BNBQ_BF16)
-            add_outliers<BNBQ_BF16, BLOCKED, PIECES, R, C>(op, shared, warp_row, warp_token);
-        else
-            add_outliers<BNBQ_F16, BLOCKED, PIECES, R, C>(op, shared, warp_row, warp_token);
+        for (int i = 0; i < PIECES; i++) {
+            char *piece = stage + i * (TILE / PIECES * TILE_BYTES);
+            int row = thread / 8 + i * (TILE / PIECES); /* those past the last one repeat it */
+            int w_row = row < last_row ? row : last_row,
+                x_row = row < last_token ? row : last_token;
+            copy_async16(piece, w + w_row * k + c, valid);
+            copy_async16(piece + WIDE_SIDE_BYTES, x + x_row * (int)op.padded + c, valid);
+        }
+        commit_copies();
+    };
+    const int steps = (k + WIDE_STAGE_K - 1) / WIDE_STAGE_K;
+    copy_stage(0);
+    note_tile(op, notes, row0, token0);
+    int32_t acc[TILE / 2] = {};
+    for (int step = 0; step < steps; step++) {
+        wait_copies<0>();
+        fence_async_proxy();
+        sync_threads(); /* the stage is there, and the other one has been multiplied */
+        if (step + 1 < steps)
+            copy_stage(step + 1);
+        const char *stage = shared + step % 2 * (2 * WIDE_SIDE_BYTES);
+        uint64_t a = tile_descriptor(shared_address(stage + warp / 4 * (64 * TILE_BYTES)));
+        uint64_t b = tile_descriptor(shared_address(stage + WIDE_SIDE_BYTES));
+        pin(acc);
+        fence_products();
+#pragma unroll
+        for (int s = 0; s < 4; s++)
+            multiply_s8(acc, step_descriptor(a, s), step_descriptor(b, s));
+        commit_products();
+        wait_products<0>();
+        pin(acc);
     }
-    sync_threads();
-    token0 = notes->token0;
-    tokens = (int)least(op.m - token0, TILE);
-    int64_t j = notes->row0 + 4 * lane;
-    float bias[4] = {};
-    for (int i = 0; op.bias && i < 4; i++)
-        bias[i] = j + i < op.n ? load_float(op.bias, op.bias_dtype, j + i) : 0.0f;
-    for (int i = warp; i < tokens; i += WARPS)
-        store_columns(op, token0 + i, j, *(const float4 *)(tile + i * Y_LD + 4 * lane), bias);
+    sync_threads(); /* all stages are read */
+    float *tile = (float *)shared;
+    int g = lane / 4, t = lane % 4;
+    float w_scales[2];
+    for (int h = 0; h < 2; h++)
+        w_scales[h] = w_scale_of(op, least(row0 + warp * 16 + 8 * h + g, op.n - 1), 0);
+#pragma unroll
+    for (int i = 0; i < TILE / 2; i++) {
+        int token = i / 4 * 8 + 2 * t + i % 2, h = i / 2 % 2;
+        float y = 0.0f;
+        add_scaled(&y, (float)acc[i], notes->x_scales[token], w_scales[h]);
+        tile[token * Y_LD + warp * 16 + 8 * h + g] = y;
+    }
+    finish_tile<false, 8, 2>(op, shared, warp % 2 * 64, warp / 2 * 32);
 #endif
 }
 
@@ -335,6 +437,8 @@ bnbq_status run_s8_tiles(bnbq_cuda_call *call, const s8_linear &op) {
     dim3 grid((unsigned)(ceil_div(op.n, TILE) * ceil_div(op.m, TILE)));
     if (op.w.blocksize)
         return launch<tiles_kernel<true, 8>>(call, grid, 8 * WARP, SHARED, op);
+    if (facts.capability == 90 && wgmma_is_on())
+        return launch<wgmma_tiles_kernel>(call, grid, 8 * WARP, SHARED, op);
     if (facts.shared_limit < 2 * SHARED)
         return launch<tiles_kernel<false, 8>>(call, grid, 8 * WARP, SHARED, op);
     return launch<tiles_kernel<false, 4>>(call, grid, 4 * WARP, SHARED, op);

@@ -107,6 +107,21 @@ def test_product(shape, dtype, part):
     check(some_outliers(m, k, part, dtype), *layer(n, k), out=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", (0, 0.06, 0.5))
+@pytest.mark.parametrize("shape", [(65, 129, 128), (129, 40, 304), (130, 200, 80), (100, 17, 1040)], ids=str)
+def test_warpgroup_products(monkeypatch, shape, part, dtype):
+    """The kernel for 9.0 that BNBQ_CUDA_WGMMA=1 asks for; it has the other one's bits."""
+    m, n, k = shape
+    (q, absmax), x = layer(n, k), narrow(some_outliers(m, k, part, dtype), dtype)
+    other = linear(x, q, absmax)
+    monkeypatch.setenv("BNBQ_CUDA_WGMMA", "1")
+    for order in (0, 1, 2):
+        cuda.set_order(order)
+        assert np.array_equal(linear(x, q, absmax), other)
+    check(x, q, absmax, bias=np.linspace(-1, 1, n, dtype=np.float32))
+
+
 @pytest.mark.parametrize("part", (0, 0.06))
 def test_little_shared_memory(part):
     """99 KB, as 8.6 has: one block of 8 warps instead of two of 4."""

@@ -101,6 +101,9 @@ def test_warpgroup_products_are_used(kernels, tokens):
 
 
 def test_int8_products_are_used(kernels):
+    loop = main_loop(kernels["wgmma_tiles_kernel"], "IGMMA")
+    assert count(loop, "IGMMA") == 4
+    assert count(loop, r"LDGSTS.*\.128") == 8
     for tokens in (1, 2, 4, 8):
         lines = kernels[f"few_kernel<{tokens}, false, false>"]
         assert count(lines, "IMMA") == 8 * tokens
