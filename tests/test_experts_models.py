@@ -119,6 +119,15 @@ def test_saved_and_loaded_again(layout, settings, tmp_path):
     assert_same(AUTO.from_pretrained(tmp_path / "again"), model)
 
 
+def test_embeddings_are_quantised_beside_experts(layout):
+    folder, dense = layout
+    settings = {"bits": 4, "quantize_embeddings": True}
+    model = quantized(folder, settings)
+    assert isinstance(model.get_input_embeddings(), nn.Embedding4bit)
+    assert packed_experts(model).keys() == find(dense).keys()
+    assert (logits(model) - logits(dense)).norm() < 0.4 * logits(dense).norm()
+
+
 @pytest.mark.parametrize("place", ["cpu", "disk", "both"])
 def test_offloaded(layout, place, tmp_path):
     folder, _ = layout

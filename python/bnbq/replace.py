@@ -157,7 +157,8 @@ def settle_ties(facts: Facts, chosen: dict, kept: dict) -> None:
     """Quantise all that is tied to a chosen embedding, or nothing of it."""
     groups = {}
     for name in [*chosen, *kept]:
-        groups.setdefault(facts.root(name), []).append(name)
+        if name in facts.modules:  # expert weights are no modules, and tied to nothing
+            groups.setdefault(facts.root(name), []).append(name)
     for names in groups.values():
         if not any(name in chosen and isinstance(chosen[name], torch_nn.Embedding) for name in names):
             continue
