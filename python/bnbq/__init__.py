@@ -19,6 +19,7 @@ _HOME = {
     "set_activations": "bnbq.nn",
     "set_compute_dtype": "bnbq.nn",
     "set_batch_invariant": "bnbq.ops",
+    "plan": "bnbq.planning",
     "report": "bnbq.report",
     "explain": "bnbq.report",
     "get_memory_footprint": "bnbq.report",

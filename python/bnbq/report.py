@@ -158,11 +158,7 @@ class Report:
                     kernel or why,
                 )
             )
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        ]
-        return "\n".join([self.summary(), "", *lines])
+        return f"{self.summary()}\n\n{align(table)}"
 
     __str__ = text
 
@@ -322,6 +318,14 @@ def readable(size: int) -> str:
         if size >= step:
             return f"{size / step:.1f} {unit}"
     return f"{size} B"
+
+
+def align(table: list[tuple[str, ...]]) -> str:
+    """Lines of cells in columns."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+    )
 
 
 def listed(names: list[str], most: int = 4) -> str:

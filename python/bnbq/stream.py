@@ -116,6 +116,7 @@ def quantize_checkpoint(
     src, dst, config = Path(src), Path(dst), config or BnbqConfig()
     check_places(src, dst, force)
     source_config = read_config(src)
+    check_float(src, source_config)
     source = shards.Source(src)
     model, dtype = meta_model(src, source_config, source)
     jobs, kept = plan(model, source, config)
@@ -163,11 +164,14 @@ def read_config(src: Path) -> dict:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds a {type(config).__name__}, an object is wanted")
+    return config
+
+
+def check_float(src: Path, config: dict) -> None:
     if config.get("quantization_config"):
         settings = config["quantization_config"]
         method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else "unknown method"
         raise UserError(f"{src}: already quantised ({method}); give the float checkpoint")
-    return config
 
 
 def write_config(folder: Path, source_config: dict, config: BnbqConfig, dtype: torch.dtype, kept: list[str]) -> None:
