@@ -88,6 +88,17 @@ def test_bytes_are_those_of_the_model_loaded(checkpoint, name):
         assert plan.bytes > bnbq.plan(folder, {"cpu": "1GB"}).bytes
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dtype_and_counts_are_those_of_the_float_model(checkpoint, name):
+    """Of the model and of each model in it; what is counted are logical parameters."""
+    folder, kind = checkpoint
+    dense, model = kind.from_pretrained(folder), load(kind, folder, CONFIGS[name])
+    for part in [n for n, m in dense.named_modules() if isinstance(m, transformers.PreTrainedModel)]:
+        one, other = dense.get_submodule(part), model.get_submodule(part)
+        assert other.dtype == one.dtype, part
+        assert bnbq.count_parameters(other) == sum(p.numel() for p in one.parameters()), part
+
+
 @pytest.mark.parametrize("name", ["nf4", "nf4-dq", "int8", "embeddings"])
 def test_of_a_quantised_checkpoint(checkpoint, tmp_path, name):
     folder, kind = checkpoint
