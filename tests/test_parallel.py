@@ -10,6 +10,7 @@ from torch import distributed
 import bnbq
 from adapters import LAYERS, SETTINGS, base_model, lora, make_source, packed, shake
 from bnbq import nn
+from bnbq.checkpoint import PACKED_NAMES
 
 WORLD = 2
 STEPS = 2
@@ -74,12 +75,21 @@ def work(rank, folder, source, wrap):
             "counts": (bnbq.count_parameters(model), bnbq.count_parameters(model, trainable=True)),
         }
     if wrap is fsdp:
-        policy = distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-        with pytest.raises(TypeError) as error:
-            train(fsdp(adapted(source, "4bit"), mp_policy=policy), batch())
-        result["mixed precision"] = str(error.value)
+        result |= mixed_precision(source, batch()[rank::WORLD])
     torch.save(result, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
+
+
+def mixed_precision(source, ids):
+    """With the policy that Accelerate sets for bf16."""
+    policy = distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    with pytest.raises(TypeError) as error:
+        train(fsdp(adapted(source, "4bit"), mp_policy=policy), ids)
+    model = adapted(source, "4bit-dq")
+    scales = {p for n, p in model.named_parameters() if n.rpartition(".")[2] in PACKED_NAMES and p.is_floating_point()}
+    model = fsdp(model, mp_policy=policy, ignored_params=scales)
+    train(model, ids)
+    return {"error": str(error.value), "own scales": {n: whole(tensor) for n, tensor in packed(model).items()}}
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +124,13 @@ def ranks(request, source, tmp_path_factory):
     finally:
         for process in context.processes:
             process.kill()
-    return request.param, [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_adapters_are_those_of_one_process(ranks, single, name):
     _, start, wanted, counts = single[name]
-    for rank in ranks[1]:
+    for rank in ranks:
         found = rank[name]["adapters"]
         assert rank[name]["counts"] == counts
         assert found.keys() == wanted.keys()
@@ -128,35 +138,44 @@ def test_adapters_are_those_of_one_process(ranks, single, name):
             moved = (value - start[key]).norm()
             assert moved > 0 and (found[key] - value).norm() < 1e-4 * moved, key
     for key in wanted:
-        assert torch.equal(*(rank[name]["adapters"][key] for rank in ranks[1])), key
+        assert torch.equal(*(rank[name]["adapters"][key] for rank in ranks)), key
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_base_is_bit_identical_on_every_rank(ranks, single, name):
     before = single[name][0]
-    for rank in ranks[1]:
+    for rank in ranks:
         found = rank[name]["packed"]
         assert found.keys() == before.keys()
         assert all(found[n].dtype == tensor.dtype and torch.equal(found[n], tensor) for n, tensor in before.items())
 
 
+ONLY_FSDP = pytest.mark.parametrize("ranks", [fsdp], ids=["fsdp2"], indirect=True)
+
+
+@ONLY_FSDP
 @pytest.mark.parametrize("name", SETTINGS)
-def test_fsdp_shards_the_packed_bytes(ranks, single, name):
-    wrap, results = ranks
-    parts = [rank[name]["local"] for rank in results]
+def test_the_packed_bytes_are_sharded(ranks, single, name):
+    parts = [rank[name]["local"] for rank in ranks]
     for n, tensor in single[name][0].items():
-        if wrap is ddp:
-            assert all(torch.equal(part[n], tensor) for part in parts)
-        else:
-            assert torch.equal(torch.cat([part[n] for part in parts]), tensor)
-            assert parts[0][n].nbytes == -(-len(tensor) // WORLD) * tensor[:1].nbytes
+        assert torch.equal(torch.cat([part[n] for part in parts]), tensor)
+        assert len(parts[0][n]) == -(-len(tensor) // WORLD)
 
 
-def test_fsdp_with_a_param_dtype_is_an_error_that_says_why(ranks):
-    """It would round the scales (it leaves bytes alone): said, not computed with."""
-    if ranks[0] is fsdp:
-        for rank in ranks[1]:
-            assert "absmax" in rank["mixed precision"] and "bfloat16" in rank["mixed precision"], rank
+@ONLY_FSDP
+def test_a_param_dtype_is_an_error_that_says_why(ranks):
+    """FSDP2 would round the scales to it: said, not computed with."""
+    for rank in ranks:
+        assert "absmax is bfloat16, wanted float32" in rank["error"]
+
+
+@ONLY_FSDP
+def test_a_param_dtype_and_scales_that_are_not_sharded(ranks, single):
+    before = single["4bit-dq"][0]
+    for rank in ranks:
+        found = rank["own scales"]
+        assert found.keys() == before.keys()
+        assert all(found[n].dtype == before[n].dtype and torch.equal(found[n], before[n]) for n in before)
 
 
 @pytest.mark.parametrize("kind", LAYERS + (nn.Embedding4bit, nn.Embedding8bit))
