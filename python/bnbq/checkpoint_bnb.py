@@ -39,6 +39,14 @@ BNB_QUANT_TYPES = ("nf4", "fp4")
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_QUANT_STATE = 65536
 """Bytes of JSON that a quant_state may have; bitsandbytes writes about 100."""
+SMALL_BYTES = 1300
+"""About what the codebooks and the quant_state of a layer take."""
+
+
+def bnb4_names(quant_type: str, double_quant: bool) -> list[str]:
+    """Names of the tensors that `bnb4_from_native` makes."""
+    nested = ["weight.nested_absmax", "weight.nested_quant_map"] if double_quant else []
+    return ["weight", "weight.absmax", "weight.quant_map", *nested, QUANT_STATE + quant_type]
 
 
 def read_quant_state(blob: torch.Tensor, layer: str = "layer", matrix: bool = True) -> dict:
@@ -228,7 +236,9 @@ def bnb4_from_native(
 
 
 def native_from_bnb8(parts: dict, layer: str = "layer", shape: tuple | None = None) -> tuple[dict, dict]:
-    """bitsandbytes' tensors of an 8-bit layer (``BNB8_KEYS``) -> (qweight, absmax; settings with the shape)."""
+    """bitsandbytes' tensors of an 8-bit layer (``BNB8_KEYS``) -> (qweight, absmax; settings with the shape).
+
+    ``weight_format`` may be missing (bitsandbytes 0.38) or a string (0.39 to 0.43.0, in pickled files)."""
     unknown = sorted(set(parts) - set(BNB8_KEYS))
     missing = [key for key in ("weight", "SCB") if key not in parts]
     if unknown or missing:
@@ -242,9 +252,11 @@ def native_from_bnb8(parts: dict, layer: str = "layer", shape: tuple | None = No
         raise ValueError(f"{layer}: weight has shape {tuple(weight.shape)}; the layer is {tuple(shape)}")
     if "weight_format" in parts:
         layout = parts["weight_format"]
-        if layout.numel() != 1 or int(layout.reshape(())) != 0:
+        if isinstance(layout, torch.Tensor):
+            layout = layout.flatten()[:4].tolist()
+        if layout not in ("row", [0]):
             raise ValueError(
-                f'{layer}: weight_format is {layout.flatten()[:4].tolist()}; only 0 ("row") can be read. '
+                f'{layer}: weight_format is {layout!r}; only 0 ("row") can be read. '
                 "Other layouts are GPU-specific; save the model again with bitsandbytes 0.45 or later"
             )
     if not scales.is_floating_point() or scales.numel() != weight.shape[0]:

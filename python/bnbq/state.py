@@ -160,7 +160,7 @@ def read_bnb(layer, tensors: dict, used: set, name: str) -> dict:
 
     entries = {key: tensors[key] for key in used}
     for key, value in entries.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) and not (key == "weight_format" and isinstance(value, str)):
             raise ValueError(f"{name}.{key}: got {describe(value)}, wanted a tensor")
     shape = layer.weight_shape
     if hasattr(layer, "quant_type"):

@@ -172,6 +172,15 @@ class ReadBitsandbytes(Converter):
 
     sources = BNB_KEYS
 
+    def __init__(self, quantizer):
+        super().__init__(quantizer)
+        self.layout: str | None = None  # weight_format as bitsandbytes 0.39 to 0.43.0 pickled it
+
+    def see(self, tensor) -> None:
+        """Told of each value before Transformers starts to read it; it cannot read a string."""
+        if isinstance(tensor, str):
+            self.layout = tensor
+
     def rename_source_key(self, source_key):
         for pattern in BNB_KEYS:
             if source_key.endswith(f".{pattern}"):
@@ -185,11 +194,21 @@ class ReadBitsandbytes(Converter):
     def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
         name = layer_name.rpartition(".")[0]
         layer = model.get_submodule(name)
+        if self.layout is not None:
+            self.collected_tensors.pop("weight_format", None)
         parts, shape = self.one_of_each(), layer.weight_shape
+        if self.layout is not None:
+            parts["weight_format"] = self.layout
         if not hasattr(layer, "quant_type"):
             return packed_parameters(layer, name, native_from_bnb8(parts, name, shape)[0])
         notes: list[str] = []
-        tensors = native_from_bnb4(parts, name, shape, notes)[0]
+        tensors, settings = native_from_bnb4(parts, name, shape, notes)
+        for key, wanted in layer.format().items():  # of pickled files only the config was known when it was made
+            if settings.get(key, wanted) != wanted:
+                raise ValueError(
+                    f"{name}: the checkpoint has {key}={settings[key]!r}, its config says {key}={wanted!r}; pickled "
+                    "files cannot be looked into first: save the checkpoint as safetensors, or correct the config"
+                )
         for note in notes:
             self.quantizer.notes.setdefault(note, []).append(name)
         return packed_parameters(layer, name, tensors)

@@ -115,7 +115,10 @@ class BnbqQuantizer(HfQuantizer):
         """bitsandbytes' tensors are read as they are; its scales are not cast to the model's dtype."""
         from .conversions import ReadBitsandbytes
 
-        return None if isinstance(converter, ReadBitsandbytes) else super().get_new_dtype(converter, param, dtype)
+        if isinstance(converter, ReadBitsandbytes):
+            converter.see(param)
+            return None
+        return super().get_new_dtype(converter, param, dtype)
 
     # ------------------------------------------------------------------ before the weights
 
@@ -152,6 +155,7 @@ class BnbqQuantizer(HfQuantizer):
         described = self.stored.bnb_settings(
             [name for name, layer in chosen.items() if not layer.native and layer.bits == 4]
         )
+        self.adopt_format(described)
         configs = {name: self.layer_config(layer, described.get(name)) for name, layer in chosen.items()}
         for name, source in tied.items():  # the files have one of those that are tied
             config = configs.get(name) or configs.get(source)
@@ -162,6 +166,15 @@ class BnbqQuantizer(HfQuantizer):
             layer.attach_branch(model.get_submodule(name))
             self.stored.check_layer(name, model.get_submodule(name))
         self.warn_if_nothing(model)
+
+    def adopt_format(self, described: dict) -> None:
+        """Let the settings, which a save in our format writes, say what bitsandbytes' files have: its config has no
+        block size, an old one no type either, and its double quantisation may be of a kind that is decoded here.
+        Layers that differ from the first are for `check_one_format`."""
+        if self.quantization_config.bits == 4:
+            for first in list(described.values())[:1]:
+                for key in ("quant_type", "blocksize", "double_quant"):
+                    setattr(self.quantization_config, key, first[key])
 
     def layer_config(self, layer, described: dict | None):
         """The config for one stored layer: the model's, or what bitsandbytes says about this layer."""
@@ -388,6 +401,8 @@ class BnbqQuantizer(HfQuantizer):
                     'save with checkpoint_format="bnbq"'
                 )
         if not getattr(model, "_hf_peft_config_loaded", False):
+            if self.quantization_config.checkpoint_format == "bnbq":
+                check_one_format(model, self.quantization_config)
             tied = getattr(model, "all_tied_weights_keys", {})  # saved under the names of what they are tied to
             for name, module in model.named_modules():
                 if isinstance(module, PackedModule):
@@ -422,6 +437,19 @@ class BnbqQuantizer(HfQuantizer):
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def check_one_format(model, config) -> None:
+    """bnbq's config.json describes all layers at once: ValueError for one that it would describe wrongly."""
+    wanted = config.embedding_settings()
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            has = module.format()
+            if any(has.get(key) != value for key, value in wanted.items()):
+                raise ValueError(
+                    f"{name} is {module.describe()}, but the model's settings say {config.describe()}; bnbq's format "
+                    'describes all layers at once: save with checkpoint_format="bitsandbytes", or bnbq.save the model'
+                )
 
 
 def original_kinds(model, layers: dict) -> dict:
