@@ -36,11 +36,11 @@ def one_line(capsys) -> str:
 def test_help_names_every_command():
     done = bnbq("--help")
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("demo", "quantize", "report", "doctor"))
+    assert all(name in done.stdout for name in ("demo", "quantize", "convert", "report", "doctor"))
     assert bnbq().returncode == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "quantize", "report", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "quantize", "convert", "report", "doctor"])
 def test_help_of_each_command(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

@@ -54,6 +54,8 @@ CARD_LINE = (
     "This model is quantised with bnbq. Install it and `import bnbq` before `from_pretrained`; "
     "without that, Transformers only warns and starts from random weights."
 )
+CARD_HEAD = "---\ntags:\n- bnbq\n---\n"
+CARD_NOTE = f"\n## Loading\n\n{CARD_LINE}\n\n```python\nimport bnbq  # before from_pretrained\n```\n"
 
 
 # ------------------------------------------------------------------ checksums
@@ -185,13 +187,24 @@ def write_safetensors(path, tensors: dict, metadata: dict | None = None) -> None
 def write_model_card(directory) -> Path:
     """Make ``README.md`` of a saved model say that `import bnbq` comes first; an existing text is kept."""
     path = Path(directory) / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else "---\ntags:\n- bnbq\n---\n"
+    text = path.read_text(encoding="utf-8") if path.exists() else CARD_HEAD
     if CARD_LINE not in text:
-        note = f"\n## Loading\n\n{CARD_LINE}\n\n```python\nimport bnbq  # before from_pretrained\n```\n"
         write_atomically(
-            path, lambda temporary: Path(temporary).write_text(text.rstrip("\n") + "\n" + note, encoding="utf-8")
+            path, lambda temporary: Path(temporary).write_text(text.rstrip("\n") + "\n" + CARD_NOTE, encoding="utf-8")
         )
     return path
+
+
+def remove_model_card(directory) -> None:
+    """Undo `write_model_card` for a model that is no longer in bnbq's format; what else a text says is kept."""
+    path = Path(directory) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text == CARD_HEAD + CARD_NOTE:
+        path.unlink()
+    elif CARD_NOTE in text:
+        write_atomically(
+            path, lambda temporary: Path(temporary).write_text(text.replace(CARD_NOTE, ""), encoding="utf-8")
+        )
 
 
 # ------------------------------------------------------------------ plain modules

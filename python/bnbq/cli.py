@@ -1,4 +1,4 @@
-"""The command ``bnbq``: demo, quantize, report, doctor.
+"""The command ``bnbq``: demo, quantize, convert, report, doctor.
 
 What the user got wrong is one line on stderr and exit code 2 (BNBQ_TRACEBACK=1 adds the traceback);
 a self test or a check that failed is exit code 1; an interrupt is 130. Nothing heavy is imported
@@ -16,6 +16,7 @@ import sys
 from .errors import UserError
 
 FORMATS = ("nf4", "fp4", "int4", "int8")
+CONVERT_TARGETS = ("bnbq", "bitsandbytes", "bf16", "fp16", "fp32")
 SIZES = {
     "": 1,
     "B": 1,
@@ -114,6 +115,24 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--force", action="store_true", help="replace a checkpoint that is in DST")
 
     p = commands.add_parser(
+        "convert",
+        help="write a quantised checkpoint directory in another format",
+        description="Read the quantised checkpoint SRC, bnbq's or bitsandbytes', and write it to DST in bnbq's or "
+        "bitsandbytes' format, the bits unchanged, or dequantised. Needs memory for the largest layer only.",
+    )
+    p.add_argument("src", metavar="SRC", help="directory of a quantised Transformers model")
+    p.add_argument("dst", metavar="DST", help="directory to make")
+    p.add_argument(
+        "--to",
+        required=True,
+        choices=CONVERT_TARGETS,
+        metavar="FORMAT",
+        help=f"one of {', '.join(CONVERT_TARGETS)}",
+    )
+    p.add_argument("--max-shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="default 5GB")
+    p.add_argument("--force", action="store_true", help="replace a checkpoint that is in DST")
+
+    p = commands.add_parser(
         "report",
         help="what is quantised in a checkpoint, and how well",
         description="List the layers of a quantised checkpoint (bnbq's or bitsandbytes'): format, bits, "
@@ -145,6 +164,8 @@ def run(arguments) -> int:
         from .demo import main
     elif arguments.command == "quantize":
         from .stream import main
+    elif arguments.command == "convert":
+        from .convert import main
     elif arguments.command == "report":
         from .checkpoint_report import main
     elif arguments.command == "doctor":

@@ -182,7 +182,7 @@ def model_of_folder(folder: Path, config) -> torch.nn.Module:
     from .integrations.transformers import BnbqConfig, BnbqQuantizer
 
     source = shards.Source(folder)
-    empty, dtype = stream.meta_model(folder, stream.read_config(folder), source)
+    empty, dtype = stream.meta_model(folder, stream.read_json(folder), source)
     stored = getattr(stored_settings_owner(empty.config), "quantization_config", None)
     wanted = resolve_settings(config, {})
     if stored is None:

@@ -115,20 +115,19 @@ def quantize_checkpoint(
     """
     src, dst, config = Path(src), Path(dst), config or BnbqConfig()
     check_places(src, dst, force)
-    source_config = read_config(src)
+    source_config = read_json(src)
     check_float(src, source_config)
     source = shards.Source(src)
     model, dtype = meta_model(src, source_config, source)
     jobs, kept = plan(model, source, config)
     groups = split(jobs, max_shard_size)
-    room = shutil.disk_usage(dst.absolute().parent).free
-    wanted = sum(job.size for job in jobs)
-    if wanted > room:
-        raise UserError(f"{dst}: needs {megabytes(wanted)} MB, the disk has {megabytes(room)} MB free")
+    check_room(dst, jobs)
     with staging(dst, force) as folder:
         copy_side_files(src, folder)
         write_config(folder, source_config, config, dtype, kept)
-        written = write_shards(folder, groups, source, config, dtype, progress)
+        written = write_shards(
+            folder, groups, lambda job: convert(job, source, config, dtype), metadata(config), progress, "quantising"
+        )
         if config.checkpoint_format == "bnbq":
             checkpoint.write_model_card(folder)
     quantized = [job for job in jobs if job.module is not None]
@@ -151,10 +150,18 @@ def quantize_checkpoint(
     )
 
 
+def check_room(dst: Path, jobs: list[Job]) -> None:
+    room = shutil.disk_usage(dst.absolute().parent).free
+    wanted = sum(job.size for job in jobs)
+    if wanted > room:
+        raise UserError(f"{dst}: needs {megabytes(wanted)} MB, the disk has {megabytes(room)} MB free")
+
+
 # ------------------------------------------------------------------ config.json
 
 
-def read_config(src: Path) -> dict:
+def read_json(src: Path) -> dict:
+    """config.json as it is."""
     path = src / "config.json"
     if not path.is_file():
         raise UserError(f"{src}: no config.json, so this is no checkpoint of a Transformers model")
@@ -377,8 +384,7 @@ def stored_parts(config: BnbqConfig) -> list[str]:
         return native_parts(config)
     if config.bits == 8:
         return list(checkpoint_bnb.BNB8_KEYS)
-    nested = ["weight.nested_absmax", "weight.nested_quant_map"] if config.double_quant else []
-    return ["weight", "weight.absmax", "weight.quant_map", *nested, checkpoint_bnb.QUANT_STATE + config.quant_type]
+    return checkpoint_bnb.bnb4_names(config.quant_type, config.double_quant)
 
 
 def float_parts(module) -> list[str]:
@@ -391,7 +397,7 @@ def packed_size(n: int, k: int, config: BnbqConfig) -> int:
         return n * k + 4 * n * (-(-k // config.blocksize) if config.blocksize else 1)
     blocks = -(-n * k // config.blocksize)
     scales = blocks + 4 * -(-blocks // 256) + 4 if config.double_quant else 4 * blocks
-    return -(-n * k // 2) + scales + (1300 if config.checkpoint_format == "bitsandbytes" else 0)
+    return -(-n * k // 2) + scales + (checkpoint_bnb.SMALL_BYTES if config.checkpoint_format == "bitsandbytes" else 0)
 
 
 def split(jobs: list[Job], limit: int) -> list[list[Job]]:
@@ -409,20 +415,27 @@ def split(jobs: list[Job], limit: int) -> list[list[Job]]:
 # ------------------------------------------------------------------ work
 
 
-def write_shards(folder: Path, groups, source: shards.Source, config: BnbqConfig, dtype, progress) -> int:
-    """Write every shard and the index; returns the bytes of the tensors written."""
+def metadata(config: BnbqConfig) -> dict[str, str]:
+    """What the header of a quantised file has besides checksums."""
+    return {"format": "pt", "bnbq_version": str(config.version)}
+
+
+def write_shards(folder: Path, groups, make, metadata: dict[str, str], progress: bool | None, title: str) -> int:
+    """Write every shard and the index; returns the bytes of the tensors written.
+
+    ``make(job)`` returns the job's tensors by their names in the file, and those that its checksums are of.
+    """
     weight_map, total = {}, 0
-    with bar(sum(job.nbytes for group in groups for job in group), progress) as advance:
+    with bar(sum(job.nbytes for group in groups for job in group), progress, title) as advance:
         for number, group in enumerate(groups, 1):
             name = shards.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             outputs = [output for job in group for output in job.outputs]
             sums: dict[str, str] = {}
-            metadata = {"format": "pt", "bnbq_version": str(config.version)}
             with shards.ShardWriter(
                 folder / name, outputs, metadata, later=[s for job in group for s in job.checksums]
             ) as shard:
                 for job in group:
-                    tensors, packed = convert(job, source, config, dtype)
+                    tensors, packed = make(job)
                     for output, tensor in tensors.items():
                         shard.add(output, tensor)
                     sums.update(zip(job.checksums, map(checkpoint.crc32, packed), strict=True))
@@ -518,14 +531,14 @@ def where_not_finite(tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
 class bar:
     """A progress bar in bytes with the time left, on stderr; nothing where nobody looks."""
 
-    def __init__(self, total: int, show: bool | None):
+    def __init__(self, total: int, show: bool | None, title: str):
         self.bar = None
         if sys.stderr.isatty() if show is None else show:
             try:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self.bar = tqdm(total=total, unit="B", unit_scale=True, desc="quantising", leave=False)
+            self.bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, leave=False)
 
     def __enter__(self):
         return self.bar.update if self.bar is not None else lambda size: None
