@@ -376,6 +376,7 @@ def test_interrupt_leaves_nothing(root, tmp_path, name):
     script = textwrap.dedent(f"""
         import os, signal, sys
         from bnbq import cli, convert
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
         make = convert.Conversion.convert
         def slow(self, job):
             if job.module and "layers.1" in job.module:
