@@ -127,6 +127,23 @@ def test_converters_are_copied_for_each_tensor_without_what_they_hold(source, mo
     assert not copied
 
 
+@pytest.mark.parametrize("key", ["tp_size", "fsdp_size", "pp_size"])
+def test_splitting_a_model_while_it_is_loaded_is_refused(source, monkeypatch, name, key):
+    """It splits float weights before they are quantised, and packed ones before their checksums are read."""
+    from transformers.distributed import DistributedConfig
+
+    # As in a process of two: the mesh that from_pretrained would make needs both.
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "prepare_distribute_model", lambda config, device_map: (config, device_map, None)
+    )
+    config = bnbq.BnbqConfig(**SETTINGS[name])
+    distributed = DistributedConfig(**{"tp_size": 1, key: 2})
+    with pytest.raises(ValueError, match=f"cannot be split while it is loaded .{key} is 2.*fully_shard"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            source, quantization_config=config, distributed_config=distributed
+        )
+
+
 # ------------------------------------------------------------------ Accelerate
 
 

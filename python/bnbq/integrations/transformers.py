@@ -125,6 +125,7 @@ class BnbqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, device_map=None, checkpoint_files=None, **kwargs):
         from .. import replace
 
+        refuse_split(model)
         self.prefix = getattr(model, "base_model_prefix", "") or ""
         self.checkpoint_files = [str(f) for f in checkpoint_files or [] if str(f).endswith(".safetensors")]
         self.rules = set(replace.select_modules(model, self.quantization_config, strict=not self.pre_quantized))
@@ -437,6 +438,20 @@ class BnbqQuantizer(HfQuantizer):
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+SPLITS = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size")
+"""What splits a model in Transformers' DistributedConfig; where experts are split (ep_size) one of these is set too."""
+
+
+def refuse_split(model) -> None:
+    """ValueError where Transformers would split the model before its weights are quantised, or verified."""
+    distributed = getattr(model.config, "distributed_config", None)
+    for key in SPLITS:
+        size = getattr(distributed, key, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"bnbq: a quantised model cannot be split while it is loaded ({key} is {size}); load it with a "
+                "device_map, or whole in each process for DistributedDataParallel or FSDP2's fully_shard"
+            )
 
 
 def check_one_format(model, config) -> None:
