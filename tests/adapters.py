@@ -3,7 +3,6 @@
 import copy
 
 import peft
-import pytest
 import torch
 import transformers
 
@@ -19,14 +18,6 @@ IDS = torch.arange(1, 17)[None]
 LAYERS = (nn.Linear4bit, nn.Linear8bitLt)
 
 loaded = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    yield
-    torch.set_num_threads(before)
 
 
 def make_source(factory):

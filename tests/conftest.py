@@ -1,6 +1,7 @@
 """Fixtures shared by all tests. Hub access is off: no test needs the network."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,3 +32,16 @@ def batch_invariant():
     _bnbq.set_batch_invariant(True)
     yield
     _bnbq.set_batch_invariant(False)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of torch, for tiny models; and no progress bars."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(before)

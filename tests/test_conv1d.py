@@ -19,13 +19,7 @@ FORMATS = {"4bit": dict(bits=4), "4bit-dq": dict(bits=4, double_quant=True), "8b
 FORMAT = pytest.mark.parametrize("settings", FORMATS.values(), ids=FORMATS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -396,14 +396,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 import small_models  # noqa: E402
 from hf import AUTO, assert_same, file_tensors, logits, quantized  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

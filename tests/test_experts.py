@@ -28,12 +28,7 @@ E, N, K = 5, 48, 128
 ENDS = torch.tensor([3, 3, 4, 21, 21])  # rows 21 and 22 have no expert, experts 1 and 4 no row
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights(k=K, dtype=torch.float32):

@@ -11,14 +11,7 @@ from bnbq.experts import find  # noqa: E402
 from hf import AUTO, IDS, logits, quantized  # noqa: E402
 from moe_models import LAYOUTS, SETTINGS, build, packed_experts  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

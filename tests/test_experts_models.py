@@ -18,14 +18,7 @@ from bnbq.experts import Experts4bit, Experts8bit, find  # noqa: E402
 from hf import AUTO, IDS, assert_same, file_tensors, logits, quantized  # noqa: E402
 from moe_models import LAYOUTS, SETTINGS, SMALL, build, linear, packed_experts  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

@@ -18,7 +18,6 @@ from adapters import (  # noqa: E402, F401
     logits,
     lora,
     make_source,
-    one_thread,
     packed,
     quantized_layers,
     shake,
@@ -26,6 +25,8 @@ from adapters import (  # noqa: E402, F401
 from bnbq import nn  # noqa: E402
 from bnbq.scale_search import requantize  # noqa: E402
 from bnbq.side_branch import SideBranch, attach  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,12 @@ from adapters import (  # noqa: E402, F401
     logits,
     lora,
     make_source,
-    one_thread,
     packed,
     shake,
 )
 from bnbq.report import count_parameters, print_trainable_parameters  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

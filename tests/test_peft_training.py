@@ -17,10 +17,11 @@ from adapters import (  # noqa: E402, F401
     logits,
     lora,
     make_source,
-    one_thread,
     packed,
 )
 from small_models import byte_tokenizer  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft")
 
-from adapters import IDS, base_model, float_twin, make_source, one_thread, quantized_layers  # noqa: E402, F401
+from adapters import IDS, base_model, float_twin, make_source, quantized_layers  # noqa: E402, F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SOME = dict(target_modules=["q_proj", "down_proj"])
 TUNERS = {

@@ -33,13 +33,7 @@ SETTINGS = {
 OWN_SETTINGS = {"int4-b32": dict(quant_type="int4", blocksize=32), "int8-b32": dict(bits=8, blocksize=32)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are tiny
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

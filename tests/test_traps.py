@@ -19,11 +19,12 @@ from adapters import (  # noqa: E402, F401
     base_model,
     logits,
     make_source,
-    one_thread,
     packed,
     quantized_layers,
 )
 from bnbq.integrations.transformers import BnbqQuantizer  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 pytestmark = pytest.mark.parametrize("name", SETTINGS)
 
