@@ -19,7 +19,9 @@
  * DRAM (without the prefetch 5.3). With them this file has only run emulated.
  */
 #include "amx_tiles.h"
-#include "borrow_q4_avx512.h"
+
+#define LENDER_Q4 bnbq_q4_avx512
+#include "borrow_q4.h"
 
 #include <assert.h>
 

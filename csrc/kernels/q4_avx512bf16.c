@@ -23,8 +23,10 @@
  */
 #include "backward_q4_avx512bf16.h"
 #include "blocking.h"
-#include "borrow_q4_avx512.h"
 #include "lanes_avx512.h"
+
+#define LENDER_Q4 bnbq_q4_avx512
+#include "borrow_q4.h"
 
 #include <assert.h>
 #include <immintrin.h>

@@ -31,47 +31,13 @@ static inline pair_block multiply_add(pair_block sums, int8x16_t x, int8x16_t w)
 
 #include "neon_pairs.h"
 
+#define LENDER_Q4 bnbq_q4_neon
+#include "borrow_q4.h"
+
 enum {
     CODES = 32, /* decoded at once: 16 bytes */
     SIZE = 2,   /* of a bf16 */
 };
-
-/* ------------------------------------------------------------------ borrowed from NEON */
-
-static void quantize_q4_neon_bf16(const void *w, bnbq_dtype dtype, int64_t count,
-                                  const bnbq_format *format, int64_t blocksize, uint8_t *qweight,
-                                  float *absmax) {
-    bnbq_q4_neon.quantize(w, dtype, count, format, blocksize, qweight, absmax);
-}
-
-static void dequantize_q4_neon_bf16(const uint8_t *qweight, const float *absmax,
-                                    const float *codebook, int64_t count, int64_t blocksize,
-                                    bnbq_dtype dtype, void *w) {
-    bnbq_q4_neon.dequantize(qweight, absmax, codebook, count, blocksize, dtype, w);
-}
-
-static size_t packed_bytes_q4_neon_f32(int64_t m, int64_t k) {
-    return bnbq_q4_neon.linear.packed_bytes(m, k);
-}
-
-static void pack_q4_neon_f32(const float *x, int64_t i, int64_t m, int64_t k, void *packed) {
-    bnbq_q4_neon.linear.pack(x, i, m, k, packed);
-}
-
-static size_t scratch_bytes_q4_neon_f32(int64_t m, int64_t k) {
-    return bnbq_q4_neon.linear.scratch_bytes(m, k);
-}
-
-static void linear_q4_neon_f32(const void *packed, int64_t m, const bnbq_q4_rows *w, int64_t rows,
-                               float *y, int64_t ldy, void *scratch) {
-    bnbq_q4_neon.linear.run(packed, m, w, rows, y, ldy, scratch);
-}
-
-static void backward_q4_neon_bf16(const float *gy, int64_t ldg, int64_t m, const bnbq_q4_rows *w,
-                                  int64_t n, int64_t k0, int64_t cols, float *gx, int64_t ldgx,
-                                  void *scratch) {
-    bnbq_q4_neon.backward(gy, ldg, m, w, n, k0, cols, gx, ldgx, scratch);
-}
 
 /* ------------------------------------------------------------------ y = x . W^T in bf16 */
 
@@ -157,12 +123,11 @@ const bnbq_q4_kernels bnbq_q4_neon_bf16 = {
     .isa = "neonbf16",
     .level = BNBQ_ISA_NEONBF16,
     .needs = BNBQ_CPU_OF_THIS_FILE,
-    .quantize = quantize_q4_neon_bf16,
-    .dequantize = dequantize_q4_neon_bf16,
-    .linear = {packed_bytes_q4_neon_f32, pack_q4_neon_f32, scratch_bytes_q4_neon_f32,
-               linear_q4_neon_f32},
+    .quantize = borrowed_quantize_q4,
+    .dequantize = borrowed_dequantize_q4,
+    .linear = BORROWED_LINEAR_Q4,
     .bf16 = {{1,
               {packed_bytes_q4_neon_bf16, pack_q4_neon_bf16, scratch_bytes_q4_neon_bf16,
                linear_q4_neon_bf16}}},
-    .backward = backward_q4_neon_bf16,
+    .backward = borrowed_backward_q4,
 };

@@ -15,6 +15,9 @@
 #include "amx_tiles.h"
 #include "s8_epilogue.h"
 
+#define LENDER_S8 bnbq_s8_avx512vnni
+#include "borrow_s8.h"
+
 #include <assert.h>
 
 #if !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512VNNI__)
@@ -156,15 +159,6 @@ static void linear_s8_amx(const void *packed, int64_t m, const int8_t *w, int64_
 
 /* ------------------------------------------------------------------ borrowed from AVX-512 */
 
-static int64_t quantize_s8_amx(const float *x, int64_t count, float threshold, int8_t *q,
-                               float *absmax) {
-    return bnbq_s8_avx512vnni.quantize(x, count, threshold, q, absmax);
-}
-
-static void dequantize_s8_amx(const int8_t *q, int64_t count, float absmax, float *w) {
-    bnbq_s8_avx512vnni.dequantize(q, count, absmax, w);
-}
-
 static void multiply_outliers_s8_amx(const uint16_t *value, int64_t ldv, int64_t m,
                                      const bnbq_s8_rows *w, int64_t rows, const int64_t *columns,
                                      int64_t count, float *sums, void *scratch) {
@@ -172,17 +166,12 @@ static void multiply_outliers_s8_amx(const uint16_t *value, int64_t ldv, int64_t
                                               scratch);
 }
 
-static void backward_s8_amx(const float *gy, int64_t ldg, int64_t m, const int8_t *w, int64_t ldw,
-                            int64_t n, int64_t cols, float *gx, int64_t ldgx, void *scratch) {
-    bnbq_s8_avx512vnni.backward(gy, ldg, m, w, ldw, n, cols, gx, ldgx, scratch);
-}
-
 const bnbq_s8_kernels bnbq_s8_amx = {
     .isa = "amx",
     .level = BNBQ_ISA_AMX,
     .needs = BNBQ_CPU_OF_THIS_FILE,
-    .quantize = quantize_s8_amx,
-    .dequantize = dequantize_s8_amx,
+    .quantize = borrowed_quantize_s8,
+    .dequantize = borrowed_dequantize_s8,
     .packed_bytes = packed_bytes_s8_amx,
     .pack = pack_s8_amx,
     .scratch_bytes = scratch_bytes_s8_amx,
@@ -191,5 +180,5 @@ const bnbq_s8_kernels bnbq_s8_amx = {
     .decode_columns = decode_columns_s8,
     .add_outliers = add_outliers_s8,
     .multiply_outliers_bf16 = multiply_outliers_s8_amx,
-    .backward = backward_s8_amx,
+    .backward = borrowed_backward_s8,
 };

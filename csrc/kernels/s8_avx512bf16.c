@@ -10,6 +10,9 @@
 #include "lanes_avx512.h"
 #include "s8_epilogue.h"
 
+#define LENDER_S8 bnbq_s8_avx512vnni
+#include "borrow_s8.h"
+
 #include <assert.h>
 
 #if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512BF16__)
@@ -17,15 +20,6 @@
 #endif
 
 /* ------------------------------------------------------------------ borrowed from AVX-512 */
-
-static int64_t quantize_s8_avx512bf16(const float *x, int64_t count, float threshold, int8_t *q,
-                                      float *absmax) {
-    return bnbq_s8_avx512vnni.quantize(x, count, threshold, q, absmax);
-}
-
-static void dequantize_s8_avx512bf16(const int8_t *q, int64_t count, float absmax, float *w) {
-    bnbq_s8_avx512vnni.dequantize(q, count, absmax, w);
-}
 
 static size_t packed_bytes_s8_avx512bf16(int64_t m, int64_t k) {
     return bnbq_s8_avx512vnni.packed_bytes(m, k);
@@ -42,12 +36,6 @@ static size_t scratch_bytes_s8_avx512bf16(int64_t m, int64_t k) {
 static void linear_s8_avx512bf16(const void *packed, int64_t m, const int8_t *w, int64_t ldw,
                                  int64_t rows, int64_t k, int32_t *y, int64_t ldy, void *scratch) {
     bnbq_s8_avx512vnni.run(packed, m, w, ldw, rows, k, y, ldy, scratch);
-}
-
-static void backward_s8_avx512bf16(const float *gy, int64_t ldg, int64_t m, const int8_t *w,
-                                   int64_t ldw, int64_t n, int64_t cols, float *gx, int64_t ldgx,
-                                   void *scratch) {
-    bnbq_s8_avx512vnni.backward(gy, ldg, m, w, ldw, n, cols, gx, ldgx, scratch);
 }
 
 /* ------------------------------------------------------------------ products in bf16 */
@@ -198,8 +186,8 @@ const bnbq_s8_kernels bnbq_s8_avx512bf16 = {
     .isa = "avx512bf16",
     .level = BNBQ_ISA_AVX512BF16,
     .needs = BNBQ_CPU_OF_THIS_FILE,
-    .quantize = quantize_s8_avx512bf16,
-    .dequantize = dequantize_s8_avx512bf16,
+    .quantize = borrowed_quantize_s8,
+    .dequantize = borrowed_dequantize_s8,
     .packed_bytes = packed_bytes_s8_avx512bf16,
     .pack = pack_s8_avx512bf16,
     .scratch_bytes = scratch_bytes_s8_avx512bf16,
@@ -208,6 +196,6 @@ const bnbq_s8_kernels bnbq_s8_avx512bf16 = {
     .decode_columns = decode_columns_s8,
     .add_outliers = add_outliers_s8,
     .multiply_outliers_bf16 = multiply_outliers_s8,
-    .backward = backward_s8_avx512bf16,
+    .backward = borrowed_backward_s8,
     .backward_bf16 = backward_bf16_s8,
 };

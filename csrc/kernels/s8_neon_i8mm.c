@@ -28,27 +28,13 @@ static inline pair_block multiply_add(pair_block sums, int8x16_t x, int8x16_t w)
 
 #include "neon_pairs.h"
 
+#define LENDER_S8 bnbq_s8_neon
+#include "borrow_s8.h"
+
 enum {
     FEW = 2,   /* rows of x that are left to s8_neon.c, at most */
     STEP = 16, /* columns that x and W are padded to */
 };
-
-/* ------------------------------------------------------------------ borrowed from dot product */
-
-static int64_t quantize_s8_neon_i8mm(const float *x, int64_t count, float threshold, int8_t *q,
-                                     float *absmax) {
-    return bnbq_s8_neon.quantize(x, count, threshold, q, absmax);
-}
-
-static void dequantize_s8_neon_i8mm(const int8_t *q, int64_t count, float absmax, float *w) {
-    bnbq_s8_neon.dequantize(q, count, absmax, w);
-}
-
-static void backward_s8_neon_i8mm(const float *gy, int64_t ldg, int64_t m, const int8_t *w,
-                                  int64_t ldw, int64_t n, int64_t cols, float *gx, int64_t ldgx,
-                                  void *scratch) {
-    bnbq_s8_neon.backward(gy, ldg, m, w, ldw, n, cols, gx, ldgx, scratch);
-}
 
 /* ------------------------------------------------------------------ y = x . W^T */
 
@@ -117,8 +103,8 @@ const bnbq_s8_kernels bnbq_s8_neon_i8mm = {
     .isa = "i8mm",
     .level = BNBQ_ISA_I8MM,
     .needs = BNBQ_CPU_OF_THIS_FILE,
-    .quantize = quantize_s8_neon_i8mm,
-    .dequantize = dequantize_s8_neon_i8mm,
+    .quantize = borrowed_quantize_s8,
+    .dequantize = borrowed_dequantize_s8,
     .packed_bytes = packed_bytes_s8_neon_i8mm,
     .pack = pack_s8_neon_i8mm,
     .scratch_bytes = scratch_bytes_s8_neon_i8mm,
@@ -126,5 +112,5 @@ const bnbq_s8_kernels bnbq_s8_neon_i8mm = {
     .scale = scale_s8,
     .decode_columns = decode_columns_s8,
     .add_outliers = add_outliers_s8,
-    .backward = backward_s8_neon_i8mm,
+    .backward = borrowed_backward_s8,
 };
