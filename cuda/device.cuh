@@ -256,31 +256,26 @@ DEVICE int32_t dot_s8(uint32_t a, uint32_t b, int32_t sum) {
 DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);
 }
+#if HAS_MMA
+#define MMA(shape, types, kind)                                                                    \
+    asm volatile("mma.sync.aligned." shape ".row.col." types                                       \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                \
+                 : kind(d[0]), kind(d[1]), kind(d[2]), kind(d[3])                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#else
+#define MMA(shape, types, kind)
+#endif
 /* Warp: d += A . B in fp32, or in int32; fragments as above. */
 DEVICE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-#if HAS_MMA
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#endif
+    MMA("m16n8k16", "f32.bf16.bf16.f32", "+f");
 }
 DEVICE void mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-#if HAS_MMA
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#endif
+    MMA("m16n8k16", "f32.f16.f16.f32", "+f");
 }
 DEVICE void mma_s8(int32_t d[4], const uint32_t a[4], const uint32_t b[2]) {
-#if HAS_MMA
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#endif
+    MMA("m16n8k32", "s32.s8.s8.s32", "+r");
 }
+#undef MMA
 /* Warp: fragment[i] is word t of row g of the i-th matrix of 8 rows of 16 bytes; lane 8i + r gives
  * the shared address of row r of matrix i. */
 DEVICE void load_matrix4(uint32_t fragment[4], const void *row) {
