@@ -124,14 +124,6 @@ class QuantizedExperts(PackedModule):
         self._fill(self.packed(dense))
         return self
 
-    def _check_dense(self, dense) -> None:
-        if not isinstance(dense, torch.Tensor) or not dense.is_floating_point():
-            raise TypeError(f"{self.describe()}: the new weight is {describe(dense)}, expected a float tensor")
-        if tuple(dense.shape) != self.weight_shape:
-            raise ValueError(
-                f"{self.describe()}: the new weight has shape {list(dense.shape)}, expected {list(self.weight_shape)}"
-            )
-
     @property
     def weight_shape(self) -> tuple[int, int, int]:
         """Shape of the float weight, as the model has it."""

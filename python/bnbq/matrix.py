@@ -15,7 +15,6 @@ from . import ops
 from .config import check_blocksize, check_bool, check_quant_type
 from .ops_torch import check_finite
 from .packed import WEIGHT_DTYPES, PackedModule
-from .state import describe
 from .virtual_weight import VirtualWeight
 
 
@@ -82,15 +81,6 @@ class PackedMatrix(PackedModule):
             return self
         self._fill(self.packed(dense))
         return self
-
-    def _check_dense(self, dense) -> None:
-        if not isinstance(dense, torch.Tensor) or not dense.is_floating_point():
-            raise TypeError(f"{self.describe()}: the new weight is {describe(dense)}, expected a float tensor")
-        if tuple(dense.shape) != self.weight_shape:
-            raise ValueError(
-                f"{self.describe()}: the new weight has shape {list(dense.shape)}, "
-                f"expected {list(self.weight_shape)}"
-            )
 
     @torch.no_grad()
     def assign_weight(self, dense: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .config import parse_dtype
-from .state import METADATA_KEY, checked_entries, format_metadata
+from .state import METADATA_KEY, checked_entries, describe, format_metadata
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,6 +49,15 @@ class PackedModule(nn.Module):
                 for name, (shape, dtype) in self.packed_spec().items()
             }
         return self._pack(dense if dense.dtype in WEIGHT_DTYPES else dense.float())
+
+    def _check_dense(self, dense) -> None:
+        """TypeError or ValueError unless ``dense`` is a float tensor of the shape ``weight_shape``."""
+        if not isinstance(dense, torch.Tensor) or not dense.is_floating_point():
+            raise TypeError(f"{self.describe()}: the new weight is {describe(dense)}, expected a float tensor")
+        if tuple(dense.shape) != self.weight_shape:
+            raise ValueError(
+                f"{self.describe()}: the new weight has shape {list(dense.shape)}, expected {list(self.weight_shape)}"
+            )
 
     def _register_packed(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
