@@ -24,9 +24,7 @@ from adapters import (  # noqa: E402, F401
 )
 from bnbq.integrations.transformers import BnbqQuantizer  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-pytestmark = pytest.mark.parametrize("name", SETTINGS)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.parametrize("name", SETTINGS)]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +77,56 @@ def test_the_dtype_of_a_model_is_not_that_of_its_scales(name):
     bnbq.quantize_model(model, bnbq.BnbqConfig(**SETTINGS[name]))
     assert isinstance(model.first, LAYERS)
     assert model.dtype == torch.bfloat16
+
+
+class BareTower(transformers.PreTrainedModel):
+    """It begins with linear layers without bias, in blocks whose order means something."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": self.block()}) for _ in range(2)])
+        self.post_init()
+
+    def block(self):
+        block = torch.nn.Module()
+        block.proj = torch.nn.Linear(64, 64, bias=False)
+        block.act = torch.nn.GELU()
+        block.norm = torch.nn.LayerNorm(64)
+        return block
+
+
+def test_nor_of_those_without_a_bias(name):
+    """The order of modules decides; names, and that of the blocks of a list, stay."""
+    model = BareTower(transformers.LlamaConfig(hidden_size=64)).to(torch.bfloat16)
+    names = set(dict(model.named_parameters()))
+    bnbq.quantize_model(model, bnbq.BnbqConfig(**SETTINGS[name], llm_int8_skip_modules=[]))
+    assert all(isinstance(block["mlp"].proj, LAYERS) for block in model.blocks)
+    assert model.dtype == torch.bfloat16
+    assert [key for key, _ in model.blocks[0]["mlp"].named_children()] == ["norm", "proj", "act"]
+    assert {key for key in model.state_dict() if "norm" in key} == {key for key in names if "norm" in key}
+
+
+def test_nor_in_a_model_that_begins_with_attention(name, tmp_path):
+    """Blt's parts begin with q_proj."""
+    sizes = dict(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1)
+    part = dict(sizes, vocab_size=32, hidden_size_global=64)
+    config = transformers.BltConfig(
+        vocab_size=32,
+        encoder_hash_byte_group_vocab=16,
+        encoder_hash_byte_group_size=[3],
+        encoder_config=part,
+        decoder_config=part,
+        global_config=sizes,
+        patcher_config=sizes | {"vocab_size": 32},
+    )
+    transformers.BltForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    settings = bnbq.BnbqConfig(**SETTINGS[name])
+    model = transformers.BltForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.bfloat16)
+    assert isinstance(model.model.local_encoder.layers[0].self_attn.q_proj, LAYERS)
+    parts = {n: m.dtype for n, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)}
+    assert len(parts) > 4 and set(parts.values()) == {torch.bfloat16}, parts
 
 
 def test_layers_that_a_model_keeps_in_float32_are_not_quantised(name):

@@ -26,6 +26,7 @@ from ..checkpoint import PACKED_NAMES
 from ..matrix import PackedMatrix
 from ..packed import PackedModule
 from ..side_branch import SideBranch
+from .order import put_floats_first
 from .ties import name_ties, untie_rest
 
 logger = logging.get_logger(__name__)
@@ -334,6 +335,7 @@ class BnbqQuantizer(HfQuantizer):
         from .experts import refuse_lost_adapters
 
         name_ties(model)
+        put_floats_first(model)
         self.keep_for_saving(model)
         hooks = model._forward_pre_hooks.values()
         if refuse_lost_adapters not in hooks and any(isinstance(m, experts.QuantizedExperts) for m in model.modules()):
