@@ -359,3 +359,15 @@ def test_bad_producers():
     ]:
         with pytest.raises(error, match=message):
             linear4bit(Bad(answer), N)
+
+
+def test_scales_of_a_tensor_may_be_int32_of_the_same_bits():
+    """Inputs only: nobody who asks for scales wants them so."""
+    w = torch.from_numpy(weight(N, K))
+    qweight, absmax = ops.quantize_8bit(w)
+    bits = absmax.view(torch.int32)
+    assert torch.equal(ops.dequantize_8bit(qweight, bits), ops.dequantize_8bit(qweight, absmax))
+    with pytest.raises(TypeError, match="quantize_8bit: absmax is int32, wanted float32"):
+        _bnbq.quantize_8bit(w, qweight, bits, 0)
+    with pytest.raises(TypeError, match="dequantize_8bit: absmax is float16, wanted float32 .*protect_scales"):
+        ops.dequantize_8bit(qweight, absmax.half())

@@ -85,11 +85,15 @@ def mixed_precision(source, ids):
     policy = distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     with pytest.raises(TypeError) as error:
         train(fsdp(adapted(source, "4bit"), mp_policy=policy), ids)
-    model = adapted(source, "4bit-dq")
-    scales = {p for n, p in model.named_parameters() if n.rpartition(".")[2] in PACKED_NAMES and p.is_floating_point()}
-    model = fsdp(model, mp_policy=policy, ignored_params=scales)
-    train(model, ids)
-    return {"error": str(error.value), "own scales": {n: whole(tensor) for n, tensor in packed(model).items()}}
+    found = {"error": str(error.value)}
+    for name in SETTINGS:
+        model = fsdp(bnbq.protect_scales(adapted(source, name)), mp_policy=policy)
+        start = {n: whole(p).clone() for n, p in adapters(model).items()}
+        train(model, ids)
+        moved = max((whole(p) - start[n]).abs().max() for n, p in adapters(model).items())
+        state = {n: tensor for n, tensor in model.state_dict().items() if n.rpartition(".")[2] in PACKED_NAMES}
+        found[name, "protected"] = {n: whole(tensor) for n, tensor in state.items()}, moved
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -166,14 +170,16 @@ def test_the_packed_bytes_are_sharded(ranks, single, name):
 def test_a_param_dtype_is_an_error_that_says_why(ranks):
     """FSDP2 would round the scales to it: said, not computed with."""
     for rank in ranks:
-        assert "absmax is bfloat16, wanted float32" in rank["error"]
+        assert "absmax is bfloat16, wanted float32" in rank["error"] and "bnbq.protect_scales" in rank["error"]
 
 
 @ONLY_FSDP
-def test_a_param_dtype_and_scales_that_are_not_sharded(ranks, single):
-    before = single["4bit-dq"][0]
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_param_dtype_leaves_protected_scales(ranks, single, name):
+    before = single[name][0]
     for rank in ranks:
-        found = rank["own scales"]
+        found, moved = rank[name, "protected"]
+        assert moved > 0
         assert found.keys() == before.keys()
         assert all(found[n].dtype == before[n].dtype and torch.equal(found[n], before[n]) for n in before)
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from bnbq import _bnbq, experts, nn
+from bnbq.packed import BITS, protect_scales
 
 N = 40
 
@@ -109,10 +110,11 @@ class Uses(RuleBasedStateMachine):
         if not hasattr(self, "layer"):
             return
         assert set(self.layer.state_dict()) == set(self.packed) | ({"bias"} if self.bias is not None else set())
+        found = self.layer.packed_tensors()
         for name, before in self.packed.items():
             parameter = self.layer._parameters[name]
             assert type(parameter) is torch.nn.Parameter and not parameter.requires_grad
-            assert parameter.dtype == before.dtype and torch.equal(parameter, before), name
+            assert found[name].dtype == before.dtype and torch.equal(found[name], before), name
         if self.bias is not None:
             assert self.layer.bias.dtype == self.bias.dtype and torch.equal(self.layer.bias, self.bias)
 
@@ -153,6 +155,25 @@ class Uses(RuleBasedStateMachine):
         self.bias = None if self.bias is None else self.bias.to(dtype)
         self.answers.clear()
         assert self.layer.weight.dtype == dtype
+
+    @rule(protect=st.booleans())
+    def protect_scales(self, protect):
+        protect_scales(self.layer, protect)
+
+    @rule(dtype=st.sampled_from(DTYPES))
+    def cast_every_parameter(self, dtype):
+        """As DeepSpeed does, which is what scales are protected from."""
+        if BITS not in {parameter.dtype for parameter in self.layer.parameters()}:
+            return
+        for parameter in self.layer.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        self.bias = None if self.bias is None else self.bias.to(dtype)
+        self.answers.clear()
+
+    @rule(assign=st.booleans())
+    def load_what_it_has(self, assign):
+        self.layer.load_state_dict(self.layer.state_dict(), assign=assign)
 
     @rule(assign=st.booleans(), through_file=st.booleans())
     def save_and_load_into_a_fresh_layer(self, assign, through_file):

@@ -87,6 +87,10 @@ static bool set_dtype(const bnbq_call *call, bnbq_arg *view, unsigned kinds) {
         [BNBQ_I8] = {DL_INT, 8, 1},
     };
     DLDataType dtype = view->dl.dtype;
+    /* Only scales must be float32. A module may hold them as int32 of the same bits, out of reach
+     * of whoever casts all that is floating point. */
+    if (kinds == BNBQ_IS_F32 && !view->output && dtype.code == DL_INT && dtype.bits == 32)
+        dtype.code = DL_FLOAT;
     for (int i = BNBQ_F32; i <= BNBQ_I8; i++) {
         if (dtype.code == known[i].code && dtype.bits == known[i].bits && dtype.lanes == 1 &&
             (kinds >> i & 1)) {
@@ -96,6 +100,11 @@ static bool set_dtype(const bnbq_call *call, bnbq_arg *view, unsigned kinds) {
     }
     char got[48];
     describe_dtype(dtype, got, sizeof got);
+    if (kinds == BNBQ_IS_F32 && !view->output && dtype.bits == 16)
+        return bnbq_fail(call, PyExc_TypeError,
+                         "%s is %s, wanted float32 (if DeepSpeed or FSDP2 has cast it: see "
+                         "bnbq.protect_scales)",
+                         view->name, got);
     PyObject *text = PyUnicode_FromString(got);
     if (text != NULL)
         bnbq_wrong_dtype(call, view, text, kinds);

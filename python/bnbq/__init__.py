@@ -33,6 +33,7 @@ _HOME = {
     "get_peft_model": "bnbq.integrations.peft",
     "lora_config": "bnbq.integrations.experts",
     "load_and_quantize": "bnbq.integrations.accelerate",
+    "protect_scales": "bnbq.packed",
     "save": "bnbq.checkpoint",
     "load": "bnbq.checkpoint",
 }

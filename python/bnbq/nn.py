@@ -232,7 +232,7 @@ class Linear8bitLt(Format8bit, QuantizedLinear):
     def state(self) -> SimpleNamespace:
         """For code that knows bitsandbytes' ``state``: SCB holds the scales. What is assigned to it is forgotten."""
         return SimpleNamespace(
-            SCB=self._parameters["absmax"], CB=None, CxB=None, has_fp16_weights=False, threshold=self._threshold
+            SCB=self.packed_tensors()["absmax"], CB=None, CxB=None, has_fp16_weights=False, threshold=self._threshold
         )
 
     @state.setter

@@ -2,6 +2,9 @@
 
 The packed tensors are plain frozen Parameters. No cast touches them, a move moves them all, ``state_dict`` holds
 them under their own names and records their format, and loading checks both (state.py).
+
+DeepSpeed and FSDP2 in mixed precision cast every float Parameter without asking the module. `protect_scales` holds the
+float32 ones as int32 of the same bits, which the operators read as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +16,45 @@ from .config import parse_dtype
 from .state import METADATA_KEY, checked_entries, describe, format_metadata
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS = torch.int32
+
+
+def protect_scales(model: nn.Module, protect: bool = True) -> nn.Module:
+    """Keep what casts Parameters from rounding the float32 scales of quantised layers; returns ``model``.
+
+    DeepSpeed with bf16 or fp16, and FSDP2 with ``MixedPrecisionPolicy(param_dtype=...)``, cast all float Parameters,
+    and a forward with rounded scales is an error. Call this once the weights are loaded, before the model is handed
+    to them; models of Transformers need it only where bnbq cannot see that they will be (integrations/parallel.py). The
+    scales are then int32 Parameters of the same bits and size. Results and state dicts are those of before.
+
+    Args:
+        model: any module; its quantised layers change in place.
+        protect: False turns int32 back into float32.
+
+    Raises ValueError, and changes nothing, where Accelerate keeps a layer's tensors elsewhere between forwards.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    for name, layer in layers.items():
+        if layer._parameters["qweight"].is_meta:
+            raise ValueError(
+                f"protect_scales: {name or layer.describe()} is offloaded; load the model without \"cpu\" or \"disk\" "
+                "beside other devices"
+            )
+    held = {}  # tied layers share their Parameters
+    for layer in layers.values():
+        for leaf, (_, dtype) in layer.packed_spec().items():
+            old = layer._parameters[leaf]
+            dtype = BITS if protect and dtype.is_floating_point else dtype
+            if old.dtype != dtype:
+                if id(old) not in held:
+                    held[id(old)] = old, nn.Parameter(old.detach().view(dtype), requires_grad=False)
+                layer._parameters[leaf] = held[id(old)][1]
+    return model
+
+
+def like_held(tensor: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or its bits if ``held`` is a Parameter that holds scales as bits."""
+    return tensor.view(BITS) if held.dtype == BITS and tensor.dtype != BITS else tensor
 
 
 class PackedModule(nn.Module):
@@ -63,10 +105,15 @@ class PackedModule(nn.Module):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
+    def packed_tensors(self) -> dict[str, torch.Tensor]:
+        """The packed tensors by name, detached, each of the dtype that `packed_spec` says."""
+        return {name: self._parameters[name].detach().view(dtype) for name, (_, dtype) in self.packed_spec().items()}
+
     def _fill(self, packed: dict[str, torch.Tensor]) -> None:
         """Into the Parameters that are there, or new ones on another device."""
         for name, tensor in packed.items():
             old = self._parameters[name]
+            tensor = like_held(tensor, old)
             if old.device == tensor.device and not old.is_inference():
                 old.copy_(tensor)
             else:
@@ -101,9 +148,14 @@ class PackedModule(nn.Module):
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
             metadata.setdefault(prefix[:-1], {})[METADATA_KEY] = format_metadata(self)
+        for name, (_, dtype) in self.packed_spec().items():
+            if destination[prefix + name].dtype != dtype:
+                destination[prefix + name] = destination[prefix + name].view(dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         entries = checked_entries(self, state_dict, prefix, metadata, missing_keys, unexpected_keys, error_msgs)
+        for name in self.packed_spec().keys() & {key[len(prefix) :] for key in entries}:
+            entries[prefix + name] = like_held(entries[prefix + name], self._parameters[name])
         super()._load_from_state_dict(entries, prefix, metadata, False, [], [], error_msgs)
 
     # ------------------------------------------------------------------ settings

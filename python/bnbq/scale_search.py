@@ -82,9 +82,8 @@ def requantize(layer: QuantizedLinear, dense: torch.Tensor) -> dict[str, torch.T
     """
     if not torch.isfinite(dense).all():
         layer.packed(dense)  # raises, naming the first
-    grid, tensors = Grid(layer), layer._parameters
-    nested = "absmax2" in tensors
-    had = {name: tensors[name].detach() for name in layer.packed_spec() if name != "qweight"}
+    grid, had = Grid(layer), layer.packed_tensors()
+    qweight, nested = had.pop("qweight"), "absmax2" in had
     old = ops.dequantize_absmax(*had.values()) if nested else had["absmax"]
     blocks, old = grid.blocks(dense), old.reshape(-1)
     slabs = max(SLAB // grid.width, 1)
@@ -95,4 +94,4 @@ def requantize(layer: QuantizedLinear, dense: torch.Tensor) -> dict[str, torch.T
         found = ops.dequantize_absmax(*scales.values()).reshape(-1)
         if grid.error(blocks, old).sum() <= grid.error(blocks, found).sum():
             scales, found = {name: tensor.clone() for name, tensor in had.items()}, old
-    return {"qweight": grid.pack(grid.round(blocks, found)).view_as(tensors["qweight"]), **scales}
+    return {"qweight": grid.pack(grid.round(blocks, found)).view_as(qweight), **scales}

@@ -169,7 +169,7 @@ class VirtualWeight(torch.Tensor):
         """The row scales of an 8-bit weight, by bitsandbytes' name; never None."""
         if hasattr(self._layer, "quant_type"):
             raise AttributeError("a 4-bit weight has quant_state, not SCB")
-        return self._layer._parameters["absmax"]
+        return self._layer.packed_tensors()["absmax"]
 
     def data_ptr(self) -> int:
         """Address of the packed bytes: equal for two weights exactly when their layers share them."""

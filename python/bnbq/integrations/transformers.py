@@ -24,9 +24,10 @@ from .. import checkpoint, experts, nn, placement
 from .. import config as settings
 from ..checkpoint import PACKED_NAMES
 from ..matrix import PackedMatrix
-from ..packed import PackedModule
+from ..packed import PackedModule, protect_scales
 from ..side_branch import SideBranch
 from .order import put_floats_first
+from .parallel import parameters_may_be_cast
 from .ties import name_ties, untie_rest
 
 logger = logging.get_logger(__name__)
@@ -336,9 +337,12 @@ class BnbqQuantizer(HfQuantizer):
 
         name_ties(model)
         put_floats_first(model)
+        packed = [module for module in model.modules() if isinstance(module, PackedModule)]
+        if parameters_may_be_cast() and not any(layer.qweight.is_meta for layer in packed):
+            protect_scales(model)
         self.keep_for_saving(model)
         hooks = model._forward_pre_hooks.values()
-        if refuse_lost_adapters not in hooks and any(isinstance(m, experts.QuantizedExperts) for m in model.modules()):
+        if refuse_lost_adapters not in hooks and any(isinstance(layer, experts.QuantizedExperts) for layer in packed):
             model.register_forward_pre_hook(refuse_lost_adapters)
         model.add_model_tags([self.quantization_config.quant_method])
         model._upload_modified_files = UploadWithCard()
@@ -409,9 +413,10 @@ class BnbqQuantizer(HfQuantizer):
             tied = getattr(model, "all_tied_weights_keys", {})  # saved under the names of what they are tied to
             for name, module in model.named_modules():
                 if isinstance(module, PackedModule):
-                    for leaf in module.packed_spec():
-                        if f"{name}.{leaf}" not in tied:
-                            tensors[f"{name}.{leaf}"] = stored(model, f"{name}.{leaf}", getattr(module, leaf))
+                    for leaf, (_, dtype) in module.packed_spec().items():
+                        key = f"{name}.{leaf}"
+                        if key not in tied:
+                            tensors[key] = stored(model, key, module._parameters[leaf].detach()).view(dtype)
             card_beside_the_files(sys._getframe(1))
         metadata = {"bnbq_version": str(self.quantization_config.version)}
         return None, {
