@@ -283,3 +283,34 @@ def test_a_layer_moves_there_and_back():
         after = layer.to("cpu")(x)
     assert torch.equal(before, after)
     assert torch.allclose(before, there, rtol=1e-4, atol=1e-5)
+
+
+# The largest error of the logits over their norm, of a model on the CPU and with one layer, or all, on the device.
+# What rounds the inputs of a layer (to int8, to bf16) turns one last bit into a step of theirs.
+BETWEEN_DEVICES = {torch.float32: {4: 1e-5, 8: 1e-2}, torch.bfloat16: {4: 2e-2, 8: 2e-2}}
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("dtype", BETWEEN_DEVICES, ids=str)
+def test_a_split_model_gives_the_logits_of_the_cpu(tmp_path, dtype, bits):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    pytest.importorskip("accelerate")
+    import bnbq
+    import small_models
+
+    source = small_models.llama(tmp_path / "llama", dtype=dtype, tokenizer=False, initializer_range=0.2)
+    ids = torch.arange(2 * 30).reshape(2, 30)
+    parts = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+
+    def logits(there):
+        device_map = {part: DEVICE if part in there else "cpu" for part in parts}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, quantization_config=bnbq.BnbqConfig(bits=bits), dtype=dtype, device_map=device_map
+        )
+        with torch.no_grad():
+            return model(ids.to(model.device)).logits.double().cpu()
+
+    want = logits(())
+    for there in (parts[:2], parts[2:3], parts):
+        error = (logits(there) - want).norm() / want.norm()
+        assert error < BETWEEN_DEVICES[dtype][bits], there
