@@ -371,10 +371,15 @@ def make_layer(module, config=None, source=None, *, device=None) -> PackedMatrix
         layer = kind.from_linear(module, **config.layer_settings())
         if device is not None:
             layer.to(device)
-    for hooks in HOOKS:  # a hook of the user's must not fall silent
-        if module.__dict__.get(hooks):
-            layer.__dict__[hooks] = module.__dict__[hooks]
+    keep_hooks(module, layer)
     return layer
+
+
+def keep_hooks(old: torch_nn.Module, new: torch_nn.Module) -> None:
+    """A hook of the user's must not fall silent with the module that it was registered on."""
+    for hooks in HOOKS:
+        if old.__dict__.get(hooks):
+            new.__dict__[hooks] = old.__dict__[hooks]
 
 
 def put(model: torch_nn.Module, name: str, layer) -> None:
