@@ -6,40 +6,74 @@ import torch
 
 from .. import nn as native
 from ..checkpoint_bnb import BNB_QUANT_TYPES
+from ..matrix import PackedMatrix
 from ..ops import Packed4
-from .nn.modules import Linear4bit, Linear8bitLt
+from ..packed import WEIGHT_DTYPES
+from ..replace import keep_hooks
+from ..state import LIKE
+from .nn.modules import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
+from .nn.packed import Layer4bit, Layer8bit
 from .nn.parameters import Int8Params, Params4bit
 from .quant_state import core_weight, state_from_core
 
 
 def to_bnbq(module: torch.nn.Module) -> torch.nn.Module:
-    """Replace the facade's linear layers by `bnbq.nn`'s, which share their memory and give the same bits.
+    """Replace the facade's layers and embeddings by `bnbq.nn`'s, which share their memory and give the same bits.
 
     Args:
-        module: a layer, or a model, changed in place. Embeddings are left as they are.
+        module: a layer, or a model, changed in place. What shares a weight shares it afterwards.
 
-    Returns the new layer, or the model. Raises ValueError, and nothing has changed then, for a layer that is not
-    quantised, naming it.
+    Returns the new layer, or the model. Hooks are kept, ``quant_storage`` is not. Raises ValueError, naming the layer,
+    and nothing has changed then: one that is not quantised, or that Accelerate has dispatched, or an embedding that
+    decodes rows in one dtype (``quant_state.dtype``) and returns them in another (``dtype``).
     """
-    return converted(module, {Linear4bit: native_4bit, Linear8bitLt: native_8bit})
+    return converted(
+        module,
+        {
+            Linear4bit: native_linear4bit,
+            Linear8bitLt: native_linear8bit,
+            Embedding4bit: native_embedding4bit,
+            Embedding8bit: native_embedding8bit,
+        },
+        weight="weight",
+        tie=lambda new, first: new.tie_(first),
+    )
 
 
 def from_bnbq(module: torch.nn.Module) -> torch.nn.Module:
     """The inverse of `to_bnbq`.
 
-    Raises ValueError for a format that bitsandbytes lacks (int4, int8 in blocks). Settings that it lacks are dropped:
+    Raises ValueError for what bitsandbytes lacks: int4, int8 in blocks, an embedding with a forward, Parameters or
+    buffers of its own, a shared weight that is decoded in two dtypes. Settings that it lacks are dropped:
     ``activations="int8"``, and the ``compute_dtype`` of an 8-bit layer.
     """
-    return converted(module, {native.Linear4bit: facade_4bit, native.Linear8bitLt: facade_8bit})
+    return converted(
+        module,
+        {
+            native.Linear4bit: facade_linear4bit,
+            native.Linear8bitLt: facade_linear8bit,
+            native.Embedding4bit: facade_embedding4bit,
+            native.Embedding8bit: facade_embedding8bit,
+        },
+        weight="qweight",
+        tie=share_weight,
+    )
 
 
-def converted(module: torch.nn.Module, converters: dict) -> torch.nn.Module:
-    new = {}
+def converted(module: torch.nn.Module, converters: dict, weight: str, tie) -> torch.nn.Module:
+    """``weight`` names the Parameter that layers share if they are tied."""
+    new, firsts = {}, {}
     for name, layer in module.named_modules():
         for kind, convert in converters.items():
             if isinstance(layer, kind):
                 try:
+                    if hasattr(layer, "_hf_hook"):
+                        raise ValueError("it has a hook of Accelerate; convert the model before it is dispatched")
                     new[layer] = convert(layer).train(layer.training)
+                    first = firsts.setdefault(layer._parameters[weight], new[layer])
+                    if first is not new[layer]:
+                        tie(new[layer], first)
+                    keep_hooks(layer, new[layer])
                 except ValueError as error:
                     raise ValueError(f"{name or type(layer).__name__}: {error}") from None
     for parent in module.modules():
@@ -49,73 +83,132 @@ def converted(module: torch.nn.Module, converters: dict) -> torch.nn.Module:
     return new.get(module, module)
 
 
-def native_4bit(layer: Linear4bit) -> native.Linear4bit:
+# ------------------------------------------------------------------ to bnbq.nn
+
+
+def native_linear4bit(layer: Linear4bit) -> native.Linear4bit:
+    tensors, settings = native_4bit(layer)
+    return native_linear(native.Linear4bit, layer, tensors, compute_dtype=layer.compute_dtype, **settings)
+
+
+def native_linear8bit(layer: Linear8bitLt) -> native.Linear8bitLt:
+    return native_linear(native.Linear8bitLt, layer, native_8bit(layer), threshold=layer.state.threshold)
+
+
+def native_embedding4bit(layer: Embedding4bit) -> native.Embedding4bit:
+    tensors, settings = native_4bit(layer)
+    if layer.dtype != settings["weight_dtype"]:
+        raise ValueError(
+            f"its rows are decoded in {settings['weight_dtype']} and returned in {layer.dtype}, bnbq's are returned as "
+            "they are decoded; set its dtype to the former first"
+        )
+    return native_embedding(native.Embedding4bit, layer, tensors, **settings)
+
+
+def native_embedding8bit(layer: Embedding8bit) -> native.Embedding8bit:
+    if layer.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"its rows are returned in {layer.dtype}; bnbq's are float32, bfloat16 or float16")
+    return native_embedding(native.Embedding8bit, layer, native_8bit(layer), weight_dtype=layer.dtype)
+
+
+def native_4bit(layer: Layer4bit) -> tuple[dict, dict]:
+    """The packed tensors by bnbq's names, and the settings that describe them."""
     try:
         packed, state = layer.packed_weight()
     except RuntimeError as error:
         raise ValueError(str(error)) from None
     weight = core_weight(packed, state)
-    return native_layer(
-        native.Linear4bit,
-        layer,
-        {name: tensor for name, tensor in weight._asdict().items() if tensor is not None},
+    tensors = {name: tensor for name, tensor in weight._asdict().items() if tensor is not None}
+    return tensors, dict(
         quant_type=state.quant_type,
         blocksize=state.blocksize,
         double_quant=weight.absmax2 is not None,
-        compute_dtype=layer.compute_dtype,
         weight_dtype=state.dtype,
     )
 
 
-def native_8bit(layer: Linear8bitLt) -> native.Linear8bitLt:
+def native_8bit(layer: Layer8bit) -> dict:
     scales = layer.row_scales()
     if layer.weight.dtype != torch.int8 or scales is None:
-        why = "has_fp16_weights=True trains a float weight" if layer.state.has_fp16_weights else "move it to a device"
+        trains = getattr(layer.weight, "has_fp16_weights", False)
+        why = "has_fp16_weights=True trains a float weight" if trains else "move it to a device"
         raise ValueError(f"the weight is not quantised ({why})")
-    tensors = {"qweight": layer.weight.data, "absmax": scales}
-    return native_layer(native.Linear8bitLt, layer, tensors, threshold=layer.state.threshold)
+    return {"qweight": layer.weight.data, "absmax": scales}
 
 
-def native_layer(kind, layer, tensors: dict, **settings):
+def native_linear(kind, layer, tensors: dict, **settings):
     new = kind(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta", **settings)
-    for name, tensor in tensors.items():
-        new.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    new._register_packed(tensors)
     new.register_parameter("bias", layer.bias)
     return new
 
 
-def facade_4bit(layer: native.Linear4bit) -> Linear4bit:
+def native_embedding(kind, layer, tensors: dict, **settings):
+    new = kind(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta", **settings)
+    like = tensors["qweight"].new_zeros(1, dtype=settings["weight_dtype"])
+    new._register_packed({LIKE: like, **tensors})
+    return new
+
+
+# ------------------------------------------------------------------ from bnbq.nn
+
+
+def facade_linear4bit(layer: native.Linear4bit) -> Linear4bit:
+    new = Linear4bit(*facade_sizes(layer), compute_dtype=layer.compute_dtype, device="meta")
+    new.register_parameter("bias", layer.bias)
+    return facade_4bit(new, layer)
+
+
+def facade_linear8bit(layer: native.Linear8bitLt) -> Linear8bitLt:
+    new = Linear8bitLt(*facade_sizes(layer), has_fp16_weights=False, threshold=layer.threshold, device="meta")
+    new.register_parameter("bias", layer.bias)
+    return facade_8bit(new, layer)
+
+
+def facade_embedding4bit(layer: native.Embedding4bit) -> Embedding4bit:
+    return facade_4bit(facade_embedding(Embedding4bit, layer), layer)
+
+
+def facade_embedding8bit(layer: native.Embedding8bit) -> Embedding8bit:
+    return facade_8bit(facade_embedding(Embedding8bit, layer), layer)
+
+
+def facade_sizes(layer) -> tuple[int, int, bool]:
+    return layer.in_features, layer.out_features, layer.bias is not None
+
+
+def facade_embedding(kind, layer):
+    more = [name for name in layer._parameters if name not in (LIKE, *layer.packed_spec())] + list(layer._buffers)
+    if layer.float_class is not torch.nn.Embedding or more:
+        what = layer.float_class.__name__ + (f" with {', '.join(more)}" if more else "")
+        raise ValueError(f"it stands for {what}; bitsandbytes' embeddings are all torch.nn.Embedding")
+    new = kind(*layer.weight_shape, dtype=layer.weight_dtype, device="meta")
+    new.padding_idx = layer.padding_idx
+    return new
+
+
+def facade_4bit(new: Layer4bit, layer: PackedMatrix) -> Layer4bit:
     if layer.quant_type not in BNB_QUANT_TYPES:
         raise ValueError(f"bitsandbytes has no {layer.quant_type}")
-    tensors = {name: parameter.data for name, parameter in layer.named_parameters() if name != "bias"}
-    shape = layer.out_features, layer.in_features
-    state = state_from_core(Packed4(**tensors), layer.quant_type, layer.blocksize, shape, layer.weight_dtype)
-    new = Linear4bit(
-        layer.in_features,
-        layer.out_features,
-        bias=layer.bias is not None,
-        compute_dtype=layer.compute_dtype,
-        compress_statistics=layer.double_quant,
-        quant_type=layer.quant_type,
-        device="meta",
-    )
+    weight = Packed4(**{name: layer._parameters[name].data for name in layer.packed_spec()})
+    state = state_from_core(weight, layer.quant_type, layer.blocksize, layer.weight_shape, layer.weight_dtype)
     new.weight = Params4bit(module=new)
-    new.weight.set_packed(layer.qweight.data.reshape(-1, 1), state)
-    new.register_parameter("bias", layer.bias)
+    new.weight.set_packed(weight.qweight.reshape(-1, 1), state)
     return new
 
 
-def facade_8bit(layer: native.Linear8bitLt) -> Linear8bitLt:
+def facade_8bit(new: Layer8bit, layer: PackedMatrix) -> Layer8bit:
     if layer.blocksize:
         raise ValueError(f"bitsandbytes has no int8 in blocks of {layer.blocksize}, only one scale per row")
-    new = Linear8bitLt(
-        layer.in_features,
-        layer.out_features,
-        bias=layer.bias is not None,
-        has_fp16_weights=False,
-        threshold=layer.threshold,
-        device="meta",
-    )
     new.weight = Int8Params(layer.qweight.data, requires_grad=False, SCB=layer.absmax.data)
-    new.register_parameter("bias", layer.bias)
     return new
+
+
+def share_weight(new, first) -> None:
+    """The weight decodes to one dtype, that of its quant_state."""
+    if isinstance(new, Layer4bit):
+        mine, theirs = new.quant_state, first.quant_state
+        if mine.dtype != theirs.dtype:
+            raise ValueError(f"it decodes its weight in {mine.dtype}, a layer that shares it in {theirs.dtype}")
+        new.quant_state = theirs
+    new.weight = first.weight
