@@ -269,12 +269,16 @@ def test_layers_of_two_formats(sources, tmp_path):
     assert not list(tmp_path.glob("out/*.safetensors"))
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4", "nf4-dq"])
-def test_pickled_files(sources, tmp_path, kind):
-    """pytorch_model.bin: its layers are known from the config alone, and each is compared with that."""
-    folder = aged(sources / kind, tmp_path / "aged", each("none", gone))
+def pickled(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickled_files(sources, tmp_path, kind):
+    """pytorch_model.bin: its layers are in the format of the first, which it tells before they are made."""
+    folder = pickled(aged(sources / kind, tmp_path / "aged", each("none", gone)))
     model = bnbq.from_pretrained(AUTO, folder)
     assert_same(model, bnbq.from_pretrained(AUTO, sources / kind))
     model.save_pretrained(tmp_path / "saved")
@@ -309,9 +313,34 @@ def test_pickled_state_dict_of_039_to_0430(sources):
         layer.load_state_dict({**state, "weight_format": "col32"})
 
 
-def test_pickled_files_whose_config_says_something_else(sources, tmp_path):
-    folder = aged(sources / "nf4", tmp_path / "aged", each("none", gone), FIRST_4)
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "b128"])
+def test_pickled_files_whose_config_says_something_else(sources, tmp_path, kind):
+    """One without a type means fp4, and none has a block size: the files know better."""
+    folder = pickled(aged(sources / kind, tmp_path / "aged", each("none", gone), FIRST_4))
+    assert_same(bnbq.from_pretrained(AUTO, folder), bnbq.from_pretrained(AUTO, sources / kind))
+
+
+def test_pickled_layers_of_two_formats(sources, tmp_path):
+    other = load_file(sources / "b128" / "model.safetensors")
+    prefix = "model.layers.1.mlp.up_proj.weight"
+
+    def mix(tensors):
+        tensors.pop(f"{prefix}.quant_state.bitsandbytes__nf4")
+        tensors.update({key: value for key, value in other.items() if key.startswith(prefix)})
+
+    folder = pickled(aged(sources / "nf4", tmp_path / "mixed", mix))
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj: .*'fp4', its first layer .*save the checkpoint"):
+        bnbq.from_pretrained(AUTO, folder)
+
+
+def test_pickled_files_from_before_torch_16(sources, tmp_path):
+    """They cannot be mapped: the config is believed, and compared."""
+    folder = aged(sources / "nf4", tmp_path / "aged", each("none", gone))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin",
+               _use_new_zipfile_serialization=False)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="quant_type.*'nf4'.*'fp4'"):
+    assert_same(bnbq.from_pretrained(AUTO, folder), bnbq.from_pretrained(AUTO, sources / "nf4"))
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    small_models.edit_config(folder, quantization_config=FIRST_4(stored))
+    with pytest.raises(ValueError, match=r"quant_type='nf4', its first layer \(or its config\) quant_type='fp4'"):
         bnbq.from_pretrained(AUTO, folder)

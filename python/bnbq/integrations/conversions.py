@@ -203,11 +203,11 @@ class ReadBitsandbytes(Converter):
             return packed_parameters(layer, name, native_from_bnb8(parts, name, shape)[0])
         notes: list[str] = []
         tensors, settings = native_from_bnb4(parts, name, shape, notes)
-        for key, wanted in layer.format().items():  # of pickled files only the config was known when it was made
+        for key, wanted in layer.format().items():  # of pickled files only the first layer was looked at
             if settings.get(key, wanted) != wanted:
                 raise ValueError(
-                    f"{name}: the checkpoint has {key}={settings[key]!r}, its config says {key}={wanted!r}; pickled "
-                    "files cannot be looked into first: save the checkpoint as safetensors, or correct the config"
+                    f"{name}: the checkpoint has {key}={settings[key]!r}, its first layer (or its config) "
+                    f"{key}={wanted!r}; save the checkpoint as safetensors, from which layers that differ can be read"
                 )
         for note in notes:
             self.quantizer.notes.setdefault(note, []).append(name)

@@ -8,6 +8,7 @@ weights) or not see at all (scales of another layer) is an exception here that n
 from __future__ import annotations
 
 import re
+import zipfile
 from dataclasses import dataclass, field
 
 import torch
@@ -216,3 +217,17 @@ def load_entries(entries: list[Entry]) -> dict[str, torch.Tensor]:
         with opened(path) as file:
             loaded.update({name: file.get_tensor(name) for name in names})
     return loaded
+
+
+def pickled_settings(files) -> dict:
+    """As `StoredCheckpoint.bnb_settings`, of the first 4-bit layer of bitsandbytes in pickled files, or {}. The
+    weights stay on disk; files from before torch 1.6, whose weights would not, are not looked into."""
+    from transformers.modeling_utils import load_state_dict
+
+    for file in filter(zipfile.is_zipfile, files):
+        tensors = load_state_dict(file)
+        module = next((key.partition(f".{QUANT_STATE}")[0] for key in tensors if f".{QUANT_STATE}" in key), None)
+        if module is not None:
+            parts = {leaf: tensors[f"{module}.{leaf}"] for leaf in BNB4_KEYS if f"{module}.{leaf}" in tensors}
+            return {module: bnb4_settings(parts, f"{file}: {module}")}
+    return {}

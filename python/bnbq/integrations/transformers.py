@@ -126,6 +126,7 @@ class BnbqQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, device_map=None, checkpoint_files=None, **kwargs):
         from .. import replace
+        from .stored import pickled_settings
 
         refuse_split(model)
         self.prefix = getattr(model, "base_model_prefix", "") or ""
@@ -133,6 +134,8 @@ class BnbqQuantizer(HfQuantizer):
         self.rules = set(replace.select_modules(model, self.quantization_config, strict=not self.pre_quantized))
         # Of a quantised checkpoint the files decide; how their names map to the model's is known a step later.
         if not (self.pre_quantized and self.checkpoint_files):
+            if self.pre_quantized:
+                self.adopt_format(pickled_settings(checkpoint_files or []))
             self.swap(model, dict.fromkeys(self.rules, self.quantization_config))
             self.warn_if_nothing(model)
         return model
