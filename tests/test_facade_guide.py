@@ -18,8 +18,10 @@ GUIDE = ROOT / "docs" / "migrating.md"
 def test_examples_run_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     session, examples = {}, re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), flags=re.S | re.M)
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
+        if "sys.modules" in example:
+            continue  # test_facade_downstream.py has processes of their own for it
         exec(compile(example, str(GUIDE), "exec"), session)
     printed = capsys.readouterr().out
     assert "torch.Size([4, 64])" in printed

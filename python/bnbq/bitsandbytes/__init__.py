@@ -7,12 +7,13 @@ package; `to_bnbq` and `from_bnbq` convert models between its layers and `bnbq.n
 
 from .. import _bnbq
 from . import _ops as _ops  # registers torch.ops.bnbq_bitsandbytes
-from . import functional, nn
-from ._missing import OPTIMIZERS, reason_for
+from . import functional, nn, utils
+from ._missing import LIBRARY, OPTIMIZERS, reason_for
 from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .convert import from_bnbq, to_bnbq
+from .nn import modules as modules
 
-__all__ = ["MatmulLtState", "from_bnbq", "functional", "matmul", "matmul_4bit", "nn", "to_bnbq"]
+__all__ = ["MatmulLtState", "from_bnbq", "functional", "matmul", "matmul_4bit", "nn", "to_bnbq", "utils"]
 
 # What code that looks for abilities asks: the version whose interface this is, and where it runs.
 __version__ = "0.50.2"
@@ -20,5 +21,10 @@ features = {"multi_backend"}
 supported_torch_devices = {"cpu", "cuda"} if _bnbq.build_info()["cuda"] else {"cpu"}
 
 __getattr__ = reason_for(
-    __name__, {"optim": OPTIMIZERS, "research": "bitsandbytes' experiments have no counterpart here"}
+    __name__,
+    {
+        OPTIMIZERS: "optim adam",
+        LIBRARY: "backends cextension consts cpu_ops cuda_specs default_ops",
+        "bitsandbytes' experiments have no counterpart here": "research",
+    },
 )

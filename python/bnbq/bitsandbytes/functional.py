@@ -6,6 +6,8 @@ Errors are ValueError and TypeError, naming the argument; so is a NaN or an Inf 
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ __all__ = [
     "dequantize_nf4",
     "gemv_4bit",
     "get_4bit_type",
+    "get_ptr",
     "int8_double_quant",
     "int8_linear_matmul",
     "int8_mm_dequant",
@@ -222,18 +225,24 @@ def int8_double_quant(A: Tensor, col_stats=None, row_stats=None, out_col=None, o
     return _bnb.int8_double_quant(A, threshold)
 
 
+# ------------------------------------------------------------------ the rest
+
+
+def get_ptr(A: Tensor | None) -> ctypes.c_void_p | None:
+    """The address of a tensor's data, for C libraries of your own."""
+    return None if A is None else ctypes.c_void_p(A.data_ptr())
+
+
 __getattr__ = reason_for(
     __name__,
     {
-        **dict.fromkeys(("optimizer_update_32bit", "optimizer_update_8bit_blockwise"), OPTIMIZERS),
-        **dict.fromkeys(("get_paged", "prefetch_tensor", "GlobalPageManager"), OPTIMIZERS),
-        **dict.fromkeys(
-            ("igemm", "batched_igemm"), "bitsandbytes has deprecated it; int8_linear_matmul multiplies int8 matrices"
-        ),
-        **dict.fromkeys(
-            ("create_linear_map", "create_fp8_map", "create_normal_map"),
-            "only the maps that models are stored with are here: create_dynamic_map and get_4bit_type. "
-            "quantize_blockwise takes any code of at most 256 values",
-        ),
+        OPTIMIZERS: "optimizer_update_32bit optimizer_update_8bit_blockwise get_paged prefetch_tensor elementwise_func "
+        "fill GlobalPageManager",
+        "bnbq's C core is not called by addresses. dequantize_4bit (which fills out=), dequantize_blockwise, gemv_4bit "
+        "and bnbq.bitsandbytes.matmul_4bit do what lib's functions are called for": "lib",
+        "bitsandbytes has deprecated it; int8_linear_matmul multiplies int8 matrices": "igemm batched_igemm "
+        "check_matmul",
+        "only the maps that models are stored with are here: create_dynamic_map and get_4bit_type. quantize_blockwise "
+        "takes any code of at most 256 values": "create_linear_map create_fp8_map create_normal_map",
     },
 )

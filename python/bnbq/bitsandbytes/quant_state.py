@@ -30,6 +30,12 @@ class QuantState:
     """
 
     valid_quant_types = checkpoint_bnb.BNB_QUANT_TYPES
+    # For a from_dict of others' in place of the one here.
+    valid_qs_type_keys = [f"bitsandbytes__{name}" for name in valid_quant_types]
+    valid_qs_keys = """
+        absmax quant_map nested_absmax nested_quant_map quant_state quant_type blocksize dtype shape nested_blocksize
+        nested_dtype nested_offset
+    """.split()
 
     def __init__(
         self, absmax, shape=None, code=None, blocksize=None, quant_type=None, dtype=None, offset=None, state2=None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from .._missing import reason_for
 from ..quant_state import QuantState, core_weight, product_4bit
 
 
@@ -27,7 +28,6 @@ class MatmulLtState:
     SBt: Tensor | None = None
     CBt: Tensor | None = None
     subB: Tensor | None = None
-    CxB: Tensor | None = None
     outlier_pool: object = None
     idx: Tensor | None = None
     threshold: float = 0.0
@@ -35,6 +35,7 @@ class MatmulLtState:
     has_fp16_weights: bool = True
     has_accumulated_gradients: bool = False
     use_pool: bool = False
+    CxB = CxBt = formatB = _tile_indices = None  # of layouts that are gone; old code asks whether they are None
 
     def reset_grads(self) -> None:
         self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
@@ -120,3 +121,9 @@ def matmul_4bit(A: Tensor, B: Tensor, quant_state: QuantState, out=None, bias=No
 
 def into(out: Tensor | None, result: Tensor) -> Tensor:
     return result if out is None else out.copy_(result)
+
+
+__getattr__ = reason_for(
+    __name__,
+    {"call matmul_4bit or matmul, which have gradients": "MatMul4Bit MatMul8bitFp MatMul8bitLt GlobalOutlierPooler"},
+)

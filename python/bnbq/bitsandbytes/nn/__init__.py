@@ -1,6 +1,8 @@
 """The layers and weights of bitsandbytes.nn."""
 
-from .._missing import OPTIMIZERS, reason_for
+from .._missing import reason_for
+from . import modules
+from . import parametrize as parametrize
 from .modules import (
     Embedding4bit,
     Embedding8bit,
@@ -26,13 +28,4 @@ __all__ = [
     "Params4bit",
 ]
 
-__getattr__ = reason_for(
-    __name__,
-    {
-        **dict.fromkeys(
-            ("Embedding", "StableEmbedding"), f"it is a float embedding with 32-bit optimizer states. {OPTIMIZERS}"
-        ),
-        "OutlierAwareLinear": "it is an abstract class that bitsandbytes does not implement either",
-        "parametrize": "only the weights of linear and embedding layers are quantised here",
-    },
-)
+__getattr__ = reason_for(__name__, modules.MISSING)

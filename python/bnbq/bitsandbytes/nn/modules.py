@@ -14,12 +14,23 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from ... import ops
+from .._missing import OPTIMIZERS, reason_for
 from ..autograd._functions import MatmulLtState, matmul
 from ..quant_state import QuantState, core_weight, decoded_absmax, dequantize_state, product_4bit
 from .packed import Layer4bit, Layer8bit
 from .parameters import Int8Params, Params4bit
 
 logger = logging.getLogger(__name__)
+
+
+def fix_4bit_weight_quant_state_from_module(module: Layer4bit) -> None:
+    """Make a weight that FSDP or another has made a plain Parameter of a `Params4bit` again. The layers of this module
+    need no such repair; a ``forward`` that others put in their place does."""
+    packed, state = module.packed_weight()
+    if getattr(module.weight, "quant_state", None) is not state:
+        weight = Params4bit(module=module)
+        weight.set_packed(packed, state)
+        module.weight = weight
 
 
 class Linear4bit(Layer4bit, nn.Linear):
@@ -34,6 +45,8 @@ class Linear4bit(Layer4bit, nn.Linear):
         quant_type: "fp4" or "nf4". Blocks have 64 elements.
         quant_storage: dtype under which ``weight`` shows the packed bytes.
     """
+
+    compute_type_is_set = True  # no forward will choose one
 
     def __init__(self, input_features, output_features, bias=True, compute_dtype=None, compress_statistics=True,
                  quant_type="fp4", quant_storage=torch.uint8, device=None):
@@ -186,3 +199,10 @@ class Embedding8bit(Layer8bit, nn.Embedding):
             raise self.not_quantized()
         q, absmax = embedding(rows, self.weight.data), embedding(rows, scales.unsqueeze(1)).view(-1)
         return ops.dequantize_8bit(q, absmax).view(*input.shape, self.embedding_dim).to(self.dtype)
+
+
+MISSING = {
+    f"it is a float embedding with 32-bit optimizer states. {OPTIMIZERS}": "Embedding StableEmbedding",
+    "it is an abstract class that bitsandbytes does not implement either": "OutlierAwareLinear",
+}
+__getattr__ = reason_for(__name__, MISSING)
