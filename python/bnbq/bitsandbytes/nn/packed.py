@@ -38,7 +38,7 @@ class PackedLayer:
             if self._parameters["weight"] is not weight:  # to meta and back torch makes a plain Parameter
                 weight = self._parameters["weight"] = weight.like(self._parameters["weight"].data)
             if weight.is_packed:
-                weight.move_scales(weight.device)
+                weight.move_scales()
         return self
 
     def _load_from_state_dict(
@@ -51,7 +51,7 @@ class PackedLayer:
         if entries.keys() & set(self.stored_keys) or (quantized and "weight" in entries):
             name = prefix[:-1] or type(self).__name__
             try:
-                self.fill(entries, name)
+                self.fill(entries, name, local_metadata.get("assign_to_params_buffers", False))
             except (TypeError, ValueError) as error:
                 error_msgs.append(str(error) if str(error).startswith(name) else f"{name}: {error}")
             for key in entries:
@@ -59,13 +59,15 @@ class PackedLayer:
             rest[prefix + "weight"] = self._parameters["weight"]  # as it is now: not missing
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
-    def fill(self, entries: dict, name: str) -> None:
+    def fill(self, entries: dict, name: str, assign: bool) -> None:
+        """assign: use these tensors, where they are, as load_state_dict(assign=True) does; otherwise copies."""
         wrong = [key for key, value in entries.items() if not isinstance(value, Tensor)]
         if wrong:
             raise TypeError(f"{name}: {wrong[0]} is a {type(entries[wrong[0]]).__name__}, wanted a tensor")
         weight, shape = self._parameters["weight"], self.weight_shape()
-        device = weight.device if not weight.is_meta else next(iter(entries.values())).device
-        entries = {key: value.detach().to(device, copy=True) for key, value in entries.items()}
+        first = next(iter(entries.values()))
+        device = first.device if assign or weight.is_meta else weight.device
+        entries = {key: value.detach().to(device, copy=not assign) for key, value in entries.items()}
         if entries.keys() != {"weight"}:
             packed = self.read_packed(entries, name)
         elif entries["weight"].is_floating_point() and tuple(entries["weight"].shape) == shape:

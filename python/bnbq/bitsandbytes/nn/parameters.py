@@ -30,8 +30,9 @@ class SelfQuantizing(torch.nn.Parameter):
         """Become the packed weight, in place."""
         raise NotImplementedError
 
-    def move_scales(self, device) -> None:
-        """What ``set_packed`` stored beside the bytes."""
+    def move_scales(self) -> None:
+        """Bring what ``set_packed`` stored beside the bytes to where they are. On meta that stays behind: Accelerate's
+        hooks send the bytes alone there, and bring them alone back."""
         raise NotImplementedError
 
     def to(self, *args, **kwargs):
@@ -40,8 +41,8 @@ class SelfQuantizing(torch.nn.Parameter):
             self.set_packed(*self.pack(self.data.to(device, non_blocking=non_blocking)))
             return self
         moved = self.like(super().to(device, None if self.is_packed else dtype, non_blocking))
-        if self.is_packed and device is not None:
-            moved.move_scales(device)
+        if self.is_packed:
+            moved.move_scales()
         return moved
 
     def cpu(self):
@@ -156,10 +157,9 @@ class Params4bit(SelfQuantizing):
         if self.module is not None:
             self.module.quant_state = state
 
-    def move_scales(self, device) -> None:
-        """In the QuantState, which others may hold too."""
-        if self.quant_state is not None:
-            self.quant_state.to(device)
+    def move_scales(self) -> None:
+        if self.quant_state is not None and not self.is_meta:  # others may hold it, too
+            self.quant_state.to(self.device)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -210,6 +210,6 @@ class Int8Params(SelfQuantizing):
         self.requires_grad_(False)
         self.data, self.SCB = CB, SCB
 
-    def move_scales(self, device) -> None:
-        if self.SCB is not None:
-            self.SCB = self.SCB.to(device)
+    def move_scales(self) -> None:
+        if self.SCB is not None and not self.is_meta:
+            self.SCB = self.SCB.to(self.device)
