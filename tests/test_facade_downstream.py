@@ -187,6 +187,57 @@ def test_accelerate_offloads_and_brings_back(where, tmp_path):
         assert torch.equal(model(x), y) and all(layer.weight.is_meta for layer in model)
 
 
+class Adapted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base = bnb.nn.LinearNF4(64, 64, bias=False, quant_storage=torch.float32).to("cpu")
+        self.a, self.b = torch.nn.Linear(64, 4, bias=False), torch.nn.Linear(4, 64, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+def shard(rank, folder):
+    """One of two processes: the older FSDP flattens packed bytes, stored as floats, with the floats that it trains, and
+    shows each layer a view of them; the newer makes DTensors of them."""
+    from torch import distributed
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp.wrap import CustomPolicy
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Adapted(), Adapted())
+    x = torch.randn(8, 64)
+    wanted = model(x)
+    stored = model.state_dict()
+    each_linear = CustomPolicy(lambda module: isinstance(module, torch.nn.Linear))
+    older = FullyShardedDataParallel(copy.deepcopy(model), auto_wrap_policy=each_linear, device_id=torch.device("cpu"))
+    newer = copy.deepcopy(model)
+    for layer in newer:
+        fully_shard(layer)
+    for sharded in (older, fully_shard(newer)):
+        for _ in range(2):
+            y = sharded(x)
+            assert torch.equal(y, wanted)
+        y.square().sum().backward()
+    whole = older.state_dict()
+    assert whole.keys() == stored.keys()  # bytes: as floats some are NaN, which equals nothing
+    assert all(torch.equal(whole[key].view(torch.uint8), stored[key].view(torch.uint8)) for key in stored)
+    distributed.destroy_process_group()
+
+
+def test_fsdp_of_both_kinds(tmp_path):
+    context = torch.multiprocessing.spawn(shard, (str(tmp_path),), nprocs=2, join=False)
+    try:
+        for _ in range(2):  # each join returns when one process has ended, and raises if it failed
+            context.join(timeout=120)
+        assert all(process.exitcode == 0 for process in context.processes)
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
 # ------------------------------------------------------------------ experts
 
 

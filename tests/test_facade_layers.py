@@ -251,6 +251,10 @@ def test_a_weight_that_became_a_plain_parameter_keeps_its_state():
                 found = getattr(found, part)
             assert torch.equal(found, stored[key])
     assert not hasattr(bnb.nn.Linear4bit(64, 8).weight, "absmax")
+    layer = bnb.nn.LinearNF4(64, 8, bias=False, quant_storage=torch.bfloat16).to("cpu")
+    y = layer(x)
+    layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
+    assert torch.equal(layer.half().float()(x), y)  # the storage is a float one, the bytes are no floats
 
 
 def test_a_new_float_weight_is_not_described_by_the_old_state():

@@ -70,7 +70,7 @@ def converted(module: torch.nn.Module, converters: dict, weight: str, tie) -> to
                     if hasattr(layer, "_hf_hook"):
                         raise ValueError("it has a hook of Accelerate; convert the model before it is dispatched")
                     new[layer] = convert(layer).train(layer.training)
-                    first = firsts.setdefault(layer._parameters[weight], new[layer])
+                    first = firsts.setdefault(getattr(layer, weight), new[layer])
                     if first is not new[layer]:
                         tie(new[layer], first)
                     keep_hooks(layer, new[layer])

@@ -115,7 +115,7 @@ class Linear8bitLt(Layer8bit, nn.Linear):
         self.state.CB, self.state.SCB = self.weight.data, self.row_scales()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, state = self._parameters["weight"], self.state
+        weight, state = self.weight, self.state
         if weight.dtype != torch.int8:
             # A state for this one product: a weight that is still float may change before the next.
             return matmul(x, weight, bias=self.bias, state=MatmulLtState(threshold=state.threshold))

@@ -21,24 +21,29 @@ class PackedLayer:
         """What the weight's ``set_packed`` takes, from those entries. ValueError if they are damaged."""
         raise NotImplementedError
 
+    def is_packed(self) -> bool:
+        raise NotImplementedError
+
+    def move_scales(self) -> None:
+        """To where the packed bytes are."""
+        raise NotImplementedError
+
     def _apply(self, fn, recurse=True):
         """A move applies to packed bytes and their scales, a cast to neither."""
+        weight, packed = self._parameters.get("weight"), self.is_packed()  # none there: FSDP shows a view of its own
 
         def moved_not_cast(tensor):
-            if not isinstance(tensor, SelfQuantizing):
-                return fn(tensor)
-            packed, result = tensor.is_packed, fn(tensor)
+            result = fn(tensor)
+            if tensor is not weight:
+                return result
             if packed and result.dtype != tensor.dtype:
                 result = tensor.to(result.device)
             return result.detach()
 
-        weight = self._parameters["weight"]
         super()._apply(moved_not_cast, recurse)
-        if isinstance(weight, SelfQuantizing):
-            if self._parameters["weight"] is not weight:  # to meta and back torch makes a plain Parameter
-                weight = self._parameters["weight"] = weight.like(self._parameters["weight"].data)
-            if weight.is_packed:
-                weight.move_scales()
+        if isinstance(weight, SelfQuantizing) and self.weight is not weight:  # to meta and back torch makes a plain one
+            self._parameters["weight"] = weight.like(self.weight.data)
+        self.move_scales()
         return self
 
     def _load_from_state_dict(
@@ -46,8 +51,8 @@ class PackedLayer:
     ):
         """Packed entries make the layer a quantised one; a float weight is quantised if the layer is."""
         entries = {key: state_dict[prefix + key] for key in ("weight", *self.stored_keys) if prefix + key in state_dict}
-        weight, rest = self._parameters["weight"], dict(state_dict)
-        quantized = isinstance(weight, SelfQuantizing) and weight.is_packed
+        rest = dict(state_dict)
+        quantized = isinstance(self.weight, SelfQuantizing) and self.weight.is_packed
         if entries.keys() & set(self.stored_keys) or (quantized and "weight" in entries):
             name = prefix[:-1] or type(self).__name__
             try:
@@ -56,7 +61,7 @@ class PackedLayer:
                 error_msgs.append(str(error) if str(error).startswith(name) else f"{name}: {error}")
             for key in entries:
                 del rest[prefix + key]
-            rest[prefix + "weight"] = self._parameters["weight"]  # as it is now: not missing
+            rest[prefix + "weight"] = self.weight  # as it is now: not missing
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def fill(self, entries: dict, name: str, assign: bool) -> None:
@@ -64,7 +69,7 @@ class PackedLayer:
         wrong = [key for key, value in entries.items() if not isinstance(value, Tensor)]
         if wrong:
             raise TypeError(f"{name}: {wrong[0]} is a {type(entries[wrong[0]]).__name__}, wanted a tensor")
-        weight, shape = self._parameters["weight"], self.weight_shape()
+        weight, shape = self.weight, self.weight_shape()
         first = next(iter(entries.values()))
         device = first.device if assign or weight.is_meta else weight.device
         entries = {key: value.detach().to(device, copy=not assign) for key, value in entries.items()}
@@ -99,18 +104,25 @@ class Layer4bit(PackedLayer):
     quant_state: QuantState | None = None
 
     def weight_state(self) -> QuantState | None:
-        """None for a float weight. FSDP and others make plain Parameters of weights; then the layer has the state."""
-        weight = self._parameters["weight"]
+        """None for a float weight. FSDP and others make plain tensors of weights; then the layer has the state."""
+        weight = self.weight
         if isinstance(weight, Params4bit) and not weight.is_packed:
             return None
         state = getattr(weight, "quant_state", None)
         return self.quant_state if state is None else state
 
+    def is_packed(self):
+        return self.weight_state() is not None
+
+    def move_scales(self):
+        if self.is_packed() and not self.weight.is_meta:
+            self.weight_state().to(self.weight.device)
+
     def packed_weight(self) -> tuple[Tensor, QuantState]:
         state = self.weight_state()
         if state is None:
             raise self.not_quantized()
-        return self._parameters["weight"].data, state
+        return self.weight.data, state
 
     def read_packed(self, entries, name):
         native, settings = checkpoint_bnb.native_from_bnb4(entries, name, self.weight_shape())
@@ -133,7 +145,14 @@ class Layer8bit(PackedLayer):
 
     def row_scales(self) -> Tensor | None:
         """Absmax f32 [n], or None for a float weight."""
-        return getattr(self._parameters["weight"], "SCB", None)
+        return getattr(self.weight, "SCB", None)
+
+    def is_packed(self):
+        return self.weight.dtype == torch.int8
+
+    def move_scales(self):
+        if isinstance(self.weight, Int8Params):
+            self.weight.move_scales()
 
     def read_packed(self, entries, name):
         if getattr(self.weight, "has_fp16_weights", False):
@@ -145,7 +164,7 @@ class Layer8bit(PackedLayer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         scales = self.row_scales()
         if scales is not None:
-            native = {"qweight": self._parameters["weight"].data, "absmax": scales}
+            native = {"qweight": self.weight.data, "absmax": scales}
             stored = checkpoint_bnb.bnb8_from_native(native)
             for key in self.stored_keys:
                 destination[prefix + key] = stored[key] if keep_vars else stored[key].detach()
