@@ -317,6 +317,25 @@ def test_damaged_entries_leave_the_layer_as_it_was(kind, damage, message):
     assert same(layer, before)
 
 
+def test_layouts_that_were_strings():
+    """bitsandbytes 0.39 to 0.43.0 pickled the layout of int8 weights so."""
+    layer = LAYERS["int8"]().to("cpu")
+    entries = {**layer.state_dict(), "weight_format": "row"}
+    new = LAYERS["int8"]()
+    assert str(new.load_state_dict(entries)) == "<All keys matched successfully>" and same(new, layer)
+    with pytest.raises(RuntimeError, match="weight_format is 'col32'"):
+        new.load_state_dict({**entries, "weight_format": "col32"})
+
+
+def test_int8_without_scales_is_not_taken_for_a_float_weight():
+    """bitsandbytes copies the codes."""
+    entries = LAYERS["int8"]().to("cpu").state_dict()
+    del entries["SCB"], entries["weight_format"]
+    for layer in (LAYERS["int8"](), bnb.nn.Linear8bitLt(128, 24), LAYERS["int8"]().to("cpu")):
+        with pytest.raises(RuntimeError, match=r"weight is int8 \[24, 128\] without SCB; wanted a float weight"):
+            layer.load_state_dict(entries)
+
+
 def test_int8_entries_do_not_fit_a_trained_float_weight():
     with pytest.raises(RuntimeError, match="the layer trains float ones"):
         bnb.nn.Linear8bitLt(128, 24).load_state_dict(LAYERS["int8"]().to("cpu").state_dict())

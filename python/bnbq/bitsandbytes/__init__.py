@@ -11,7 +11,7 @@ from . import functional, nn, utils
 from ._missing import LIBRARY, OPTIMIZERS, reason_for
 from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .convert import from_bnbq, to_bnbq
-from .nn import modules as modules
+from .nn import modules as modules  # bitsandbytes.modules too
 
 __all__ = ["MatmulLtState", "from_bnbq", "functional", "matmul", "matmul_4bit", "nn", "to_bnbq", "utils"]
 

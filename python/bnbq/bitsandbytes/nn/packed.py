@@ -21,7 +21,9 @@ class PackedLayer:
         """What the weight's ``set_packed`` takes, from those entries. ValueError if they are damaged."""
         raise NotImplementedError
 
+    @property
     def is_packed(self) -> bool:
+        """Whether the weight is, be it a `SelfQuantizing` one or what FSDP made of it."""
         raise NotImplementedError
 
     def move_scales(self) -> None:
@@ -30,7 +32,7 @@ class PackedLayer:
 
     def _apply(self, fn, recurse=True):
         """A move applies to packed bytes and their scales, a cast to neither."""
-        weight, packed = self._parameters.get("weight"), self.is_packed()  # none there: FSDP shows a view of its own
+        weight, packed = self._parameters.get("weight"), self.is_packed  # none there: FSDP shows a view of its own
 
         def moved_not_cast(tensor):
             result = fn(tensor)
@@ -52,8 +54,8 @@ class PackedLayer:
         """Packed entries make the layer a quantised one; a float weight is quantised if the layer is."""
         entries = {key: state_dict[prefix + key] for key in ("weight", *self.stored_keys) if prefix + key in state_dict}
         rest = dict(state_dict)
-        quantized = isinstance(self.weight, SelfQuantizing) and self.weight.is_packed
-        if entries.keys() & set(self.stored_keys) or (quantized and "weight" in entries):
+        plain = "weight" not in entries or (is_float(entries["weight"]) and not self.is_packed)
+        if entries.keys() & set(self.stored_keys) or not plain:
             name = prefix[:-1] or type(self).__name__
             try:
                 self.fill(entries, name, local_metadata.get("assign_to_params_buffers", False))
@@ -66,16 +68,19 @@ class PackedLayer:
 
     def fill(self, entries: dict, name: str, assign: bool) -> None:
         """assign: use these tensors, where they are, as load_state_dict(assign=True) does; otherwise copies."""
-        wrong = [key for key, value in entries.items() if not isinstance(value, Tensor)]
-        if wrong:
-            raise TypeError(f"{name}: {wrong[0]} is a {type(entries[wrong[0]]).__name__}, wanted a tensor")
+        for key, value in entries.items():
+            if not isinstance(value, (Tensor, str) if key == "weight_format" else Tensor):
+                raise TypeError(f"{name}: {key} is a {type(value).__name__}, wanted a tensor")
         weight, shape = self.weight, self.weight_shape()
-        first = next(iter(entries.values()))
-        device = first.device if assign or weight.is_meta else weight.device
-        entries = {key: value.detach().to(device, copy=not assign) for key, value in entries.items()}
+        theirs = next((value.device for value in entries.values() if isinstance(value, Tensor)), weight.device)
+        device = theirs if assign or weight.is_meta else weight.device
+        entries = {
+            key: value.detach().to(device, copy=not assign) if isinstance(value, Tensor) else value
+            for key, value in entries.items()
+        }
         if entries.keys() != {"weight"}:
             packed = self.read_packed(entries, name)
-        elif entries["weight"].is_floating_point() and tuple(entries["weight"].shape) == shape:
+        elif isinstance(weight, SelfQuantizing) and is_float(entries["weight"]) and entries["weight"].shape == shape:
             packed = weight.pack(entries["weight"])
         else:
             raise ValueError(
@@ -98,6 +103,10 @@ class PackedLayer:
         )
 
 
+def is_float(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 class Layer4bit(PackedLayer):
     weight_class = Params4bit
     stored_keys = checkpoint_bnb.BNB4_KEYS[1:]
@@ -111,11 +120,12 @@ class Layer4bit(PackedLayer):
         state = getattr(weight, "quant_state", None)
         return self.quant_state if state is None else state
 
+    @property
     def is_packed(self):
         return self.weight_state() is not None
 
     def move_scales(self):
-        if self.is_packed() and not self.weight.is_meta:
+        if self.is_packed and not self.weight.is_meta:
             self.weight_state().to(self.weight.device)
 
     def packed_weight(self) -> tuple[Tensor, QuantState]:
@@ -147,6 +157,7 @@ class Layer8bit(PackedLayer):
         """Absmax f32 [n], or None for a float weight."""
         return getattr(self.weight, "SCB", None)
 
+    @property
     def is_packed(self):
         return self.weight.dtype == torch.int8
 
