@@ -1,6 +1,9 @@
 """The facade against bitsandbytes itself, on the CPU: the same signatures, schemas, bytes and state dicts."""
 
+import copy
 import inspect
+import io
+import pickle
 
 import pytest
 
@@ -265,3 +268,32 @@ def test_embeddings_agree(name):
         layer.to("cpu")
     index = torch.tensor([[1, 19], [0, 1]])
     torch.testing.assert_close(ours(index), theirs(index), rtol=3e-7, atol=0)
+
+
+class ByOurNames(pickle.Unpickler):
+    def find_class(self, module, name):
+        return super().find_class(module.replace("bitsandbytes", "bnbq.bitsandbytes"), name)
+
+
+@pytest.mark.parametrize("name, settings, blocksize", [
+    ("LinearNF4", dict(compress_statistics=False), 64),
+    ("LinearFP4", dict(quant_storage=torch.bfloat16), 128),
+    ("Linear8bitLt", dict(has_fp16_weights=False, threshold=3.0), None),
+])
+def test_pickled_layers(name, settings, blocksize):
+    """Whole layers, as torch.save(model) keeps them: theirs lose the class of the weight in it."""
+    theirs = getattr(bitsandbytes.nn, name)(128, 24, **settings).half()
+    theirs.weight.blocksize = blocksize
+    theirs.to("cpu")
+    layer = ByOurNames(io.BytesIO(pickle.dumps(theirs))).load()
+    assert type(layer) is getattr(bnb.nn, name) and layer.is_packed
+    ours = getattr(bnb.nn, name)(128, 24, **settings)
+    ours.load_state_dict(theirs.state_dict())
+    assert layer.state_dict().keys() == ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(raw(value) == raw(theirs.state_dict()[key]) for key, value in layer.state_dict().items())
+    x = torch.randn(3, 128).half()
+    for one in (layer, pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer), layer.to("cpu"), bnb.to_bnbq(layer)):
+        assert torch.equal(one(x), ours.half()(x))
+    if blocksize:
+        assert ours.quant_state.blocksize == layer.quant_state.blocksize == blocksize
+        assert pickle.loads(pickle.dumps(layer.quant_state)) == ours.quant_state

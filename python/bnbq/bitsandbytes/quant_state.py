@@ -60,6 +60,10 @@ class QuantState:
         self._code = code
         self._is_dynamic = code is not None and is_dynamic_map(code)
 
+    def __setstate__(self, state: dict) -> None:
+        for name, value in state.items():  # by the setter of ``code``, which bitsandbytes' pickles have
+            setattr(self, name, value)
+
     def __getattr__(self, name: str):
         """FSDP finds the tensors of a state dict by their dotted names, "quant_state.bitsandbytes__nf4" included."""
         if name.startswith("bitsandbytes__") and name == f"bitsandbytes__{self.quant_type}":

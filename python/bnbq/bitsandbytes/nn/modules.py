@@ -24,13 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 def fix_4bit_weight_quant_state_from_module(module: Layer4bit) -> None:
-    """Make a weight that FSDP or another has made a plain Parameter of a `Params4bit` again. The layers of this module
-    need no such repair; a ``forward`` that others put in their place does."""
-    packed, state = module.packed_weight()
-    if getattr(module.weight, "quant_state", None) is not state:
-        weight = Params4bit(module=module)
-        weight.set_packed(packed, state)
-        module.weight = weight
+    """Bring back what a weight lost when FSDP or another made a plain Parameter of it. The layers here need no such
+    repair; a ``forward`` that others put in their place does. RuntimeError for a float weight."""
+    module.packed_weight()
+    module.restore_weight()
+
+
+def maybe_rearrange_weight(*arguments) -> None:
+    """A hook that int8 layers pickled by bitsandbytes name. Loading needs none here."""
 
 
 class Linear4bit(Layer4bit, nn.Linear):

@@ -30,6 +30,14 @@ class PackedLayer:
         """To where the packed bytes are."""
         raise NotImplementedError
 
+    def restore_weight(self) -> None:
+        """Make a packed weight that others have made a plain Parameter a `SelfQuantizing` one again."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.restore_weight()  # bitsandbytes' pickles lose its class
+
     def _apply(self, fn, recurse=True):
         """A move applies to packed bytes and their scales, a cast to neither."""
         weight, packed = self._parameters.get("weight"), self.is_packed  # none there: FSDP shows a view of its own
@@ -71,6 +79,7 @@ class PackedLayer:
         for key, value in entries.items():
             if not isinstance(value, (Tensor, str) if key == "weight_format" else Tensor):
                 raise TypeError(f"{name}: {key} is a {type(value).__name__}, wanted a tensor")
+        self.restore_weight()
         weight, shape = self.weight, self.weight_shape()
         theirs = next((value.device for value in entries.values() if isinstance(value, Tensor)), weight.device)
         device = theirs if assign or weight.is_meta else weight.device
@@ -80,7 +89,7 @@ class PackedLayer:
         }
         if entries.keys() != {"weight"}:
             packed = self.read_packed(entries, name)
-        elif isinstance(weight, SelfQuantizing) and is_float(entries["weight"]) and entries["weight"].shape == shape:
+        elif is_float(entries["weight"]) and entries["weight"].shape == shape:
             packed = weight.pack(entries["weight"])
         else:
             raise ValueError(
@@ -128,6 +137,13 @@ class Layer4bit(PackedLayer):
         if self.is_packed and not self.weight.is_meta:
             self.weight_state().to(self.weight.device)
 
+    def restore_weight(self):
+        state = self.weight_state()
+        if state is not None and (not isinstance(self.weight, Params4bit) or self.weight.quant_state is None):
+            weight = Params4bit(module=self)
+            weight.set_packed(self.weight.data, state)
+            self.weight = weight
+
     def packed_weight(self) -> tuple[Tensor, QuantState]:
         state = self.weight_state()
         if state is None:
@@ -164,6 +180,11 @@ class Layer8bit(PackedLayer):
     def move_scales(self):
         if isinstance(self.weight, Int8Params):
             self.weight.move_scales()
+
+    def restore_weight(self):
+        scales = self.row_scales()
+        if scales is not None and not isinstance(self.weight, Int8Params):
+            self.weight = Int8Params(self.weight.data, requires_grad=False, SCB=scales)
 
     def read_packed(self, entries, name):
         if getattr(self.weight, "has_fp16_weights", False):
