@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import bnbq.bitsandbytes as bnb  # noqa: E402
-from bnbq import nn  # noqa: E402
+from bnbq import nn, side_branch  # noqa: E402
 from test_facade_layers import EMBEDDINGS, FLOATS, same  # noqa: E402
 
 
@@ -103,6 +103,16 @@ def with_buffer(layer):
     return layer
 
 
+def branched(layer):
+    side_branch.attach(layer, torch.ones(2, 64), torch.ones(4, 2))
+    return layer
+
+
+class Doubled(bnb.nn.LinearNF4):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 class Scaled(torch.nn.Embedding):
     def forward(self, ids):
         return 2 * super().forward(ids)
@@ -115,13 +125,15 @@ class Scaled(torch.nn.Embedding):
     (bnb.to_bnbq, bnb.nn.Embedding8bit(4, 64), "1: the weight is not quantised .move it to a device"),
     (bnb.to_bnbq, bnb.nn.Embedding4bit(4, 64).half().to("cpu"),
      "1: its rows are decoded in torch.float16 and returned in torch.float32"),
-    (bnb.to_bnbq, dispatched(bnb.nn.LinearNF4(64, 4).to("cpu")), "1: it has a hook of Accelerate"),
+    (bnb.to_bnbq, dispatched(bnb.nn.LinearNF4(64, 4).to("cpu")), "1: LinearNF4 with a forward of its own .a hook of Accelerate"),
+    (bnb.to_bnbq, Doubled(64, 4).to("cpu"), "1: Doubled with a forward of its own"),
+    (bnb.from_bnbq, branched(nn.Linear4bit(64, 4)), "1: Linear4bitSideBranch with a forward of its own"),
     (bnb.from_bnbq, nn.Linear4bit(64, 4, quant_type="int4"), "1: bitsandbytes has no int4"),
     (bnb.from_bnbq, nn.Embedding4bit(4, 64, quant_type="int4"), "1: bitsandbytes has no int4"),
     (bnb.from_bnbq, nn.Linear8bitLt(64, 4, blocksize=32), "1: bitsandbytes has no int8 in blocks of 32"),
     (bnb.from_bnbq, nn.Embedding8bit(4, 64, blocksize=64), "1: bitsandbytes has no int8 in blocks of 64"),
-    (bnb.from_bnbq, nn.Embedding4bit.from_embedding(Scaled(4, 64)), "1: it stands for Scaled; bitsandbytes"),
-    (bnb.from_bnbq, with_buffer(nn.Embedding8bit(4, 64)), "1: it stands for Embedding with scale"),
+    (bnb.from_bnbq, nn.Embedding4bit.from_embedding(Scaled(4, 64)), "1: Scaled4bit with a forward of its own"),
+    (bnb.from_bnbq, with_buffer(nn.Embedding8bit(4, 64)), "1: Embedding8bit with scale, which"),
 ])
 def test_layers_without_counterpart_are_named_and_nothing_changes(convert, layer, message):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), layer)

@@ -32,15 +32,15 @@ def define(name: str, arguments: str, results: str, kernel, fake) -> None:
 def define_with_out(name: str, arguments: str, kernel, fake) -> None:
     """The operator, and its overload that writes into a last argument ``out``."""
 
-    def into(*arguments):
-        *inputs, out = arguments
+    def into(*inputs_and_out):
+        *inputs, out = inputs_and_out
         result = kernel(*inputs)
         if (out.shape, out.dtype, out.device) != (result.shape, result.dtype, result.device):
             raise ValueError(f"{name}: out is {describe(out)}, wanted {describe(result)}")
         out.copy_(result)
 
     define(name, arguments, "Tensor", kernel, fake)
-    define(f"{name}.out", f"{arguments}, Tensor! out", "()", into, lambda *arguments: None)
+    define(f"{name}.out", f"{arguments}, Tensor! out", "()", into, lambda *_: None)
 
 
 def describe(tensor: Tensor) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import nn as native
+from ..checkpoint import PACKED_NAMES
 from ..checkpoint_bnb import BNB_QUANT_TYPES
 from ..matrix import PackedMatrix
 from ..ops import Packed4
@@ -16,6 +17,8 @@ from .nn.packed import Layer4bit, Layer8bit
 from .nn.parameters import Int8Params, Params4bit
 from .quant_state import core_weight, state_from_core
 
+TENSORS = {"weight", "bias", LIKE, *PACKED_NAMES}
+
 
 def to_bnbq(module: torch.nn.Module) -> torch.nn.Module:
     """Replace the facade's layers and embeddings by `bnbq.nn`'s, which share their memory and give the same bits.
@@ -23,9 +26,10 @@ def to_bnbq(module: torch.nn.Module) -> torch.nn.Module:
     Args:
         module: a layer, or a model, changed in place. What shares a weight shares it afterwards.
 
-    Returns the new layer, or the model. Hooks are kept, ``quant_storage`` is not. Raises ValueError, naming the layer,
-    and nothing has changed then: one that is not quantised, or that Accelerate has dispatched, or an embedding that
-    decodes rows in one dtype (``quant_state.dtype``) and returns them in another (``dtype``).
+    Returns the new layer, or the model. Forward and backward hooks are kept, ``quant_storage`` is not. ValueError,
+    naming the layer, and nothing has changed then: one that is not quantised, one with a forward or tensors of its own
+    (a subclass, one that Accelerate has dispatched), or an embedding that decodes rows in one dtype
+    (``quant_state.dtype``) and returns them in another (``dtype``).
     """
     return converted(
         module,
@@ -43,9 +47,9 @@ def to_bnbq(module: torch.nn.Module) -> torch.nn.Module:
 def from_bnbq(module: torch.nn.Module) -> torch.nn.Module:
     """The inverse of `to_bnbq`.
 
-    Raises ValueError for what bitsandbytes lacks: int4, int8 in blocks, an embedding with a forward, Parameters or
-    buffers of its own, a shared weight that is decoded in two dtypes. Settings that it lacks are dropped:
-    ``activations="int8"``, and the ``compute_dtype`` of an 8-bit layer.
+    Raises ValueError for what bitsandbytes lacks: int4, int8 in blocks, a side branch, an embedding's own forward, a
+    shared weight that is decoded in two dtypes. Settings that it lacks are dropped: ``activations="int8"``, and the
+    ``compute_dtype`` of an 8-bit layer.
     """
     return converted(
         module,
@@ -67,8 +71,7 @@ def converted(module: torch.nn.Module, converters: dict, weight: str, tie) -> to
         for kind, convert in converters.items():
             if isinstance(layer, kind):
                 try:
-                    if hasattr(layer, "_hf_hook"):
-                        raise ValueError("it has a hook of Accelerate; convert the model before it is dispatched")
+                    check_plain(layer, kind)
                     new[layer] = convert(layer).train(layer.training)
                     first = firsts.setdefault(getattr(layer, weight), new[layer])
                     if first is not new[layer]:
@@ -81,6 +84,15 @@ def converted(module: torch.nn.Module, converters: dict, weight: str, tie) -> to
             if child in new:
                 parent._modules[name] = new[child]
     return new.get(module, module)
+
+
+def check_plain(layer: torch.nn.Module, kind: type) -> None:
+    """ValueError for what the counterpart of a ``kind`` would lose: adapters, side branches, hooks of Accelerate."""
+    if "forward" in vars(layer) or type(layer).forward is not kind.forward:
+        raise ValueError(f"{type(layer).__name__} with a forward of its own (a hook of Accelerate's, or a subclass's)")
+    more = [name for name in (*layer._parameters, *layer._buffers, *layer._modules) if name not in TENSORS]
+    if more:
+        raise ValueError(f"{type(layer).__name__} with {', '.join(more)}, which its counterpart does not have")
 
 
 # ------------------------------------------------------------------ to bnbq.nn
@@ -178,10 +190,6 @@ def facade_sizes(layer) -> tuple[int, int, bool]:
 
 
 def facade_embedding(kind, layer):
-    more = [name for name in layer._parameters if name not in (LIKE, *layer.packed_spec())] + list(layer._buffers)
-    if layer.float_class is not torch.nn.Embedding or more:
-        what = layer.float_class.__name__ + (f" with {', '.join(more)}" if more else "")
-        raise ValueError(f"it stands for {what}; bitsandbytes' embeddings are all torch.nn.Embedding")
     new = kind(*layer.weight_shape, dtype=layer.weight_dtype, device="meta")
     new.padding_idx = layer.padding_idx
     return new
