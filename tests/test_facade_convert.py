@@ -6,6 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import bnbq  # noqa: E402
 import bnbq.bitsandbytes as bnb  # noqa: E402
 from bnbq import nn, side_branch  # noqa: E402
 from test_facade_layers import EMBEDDINGS, FLOATS, same  # noqa: E402
@@ -63,6 +64,13 @@ def test_native_embeddings_become_the_facades_and_back(blocksize, k, double_quan
     assert type(facade) is bnb.nn.Embedding4bit and torch.equal(facade(ids), layer(ids))
     assert same(facade, pickle.loads(pickle.dumps(facade))) and facade.quant_state.nested == double_quant
     assert tensors(bnb.to_bnbq(facade)) == tensors(layer)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear4bit, nn.Linear8bitLt, nn.Embedding4bit, nn.Embedding8bit])
+def test_protected_scales_are_scales_again(kind):
+    layer = kind(8, 64)
+    wanted = tensors(bnb.from_bnbq(layer))
+    assert tensors(bnb.from_bnbq(bnbq.protect_scales(layer))) == wanted
 
 
 @pytest.mark.parametrize("bits", [4, 8])

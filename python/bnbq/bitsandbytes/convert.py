@@ -198,7 +198,7 @@ def facade_embedding(kind, layer):
 def facade_4bit(new: Layer4bit, layer: PackedMatrix) -> Layer4bit:
     if layer.quant_type not in BNB_QUANT_TYPES:
         raise ValueError(f"bitsandbytes has no {layer.quant_type}")
-    weight = Packed4(**{name: layer._parameters[name].data for name in layer.packed_spec()})
+    weight = Packed4(**layer.packed_tensors())
     state = state_from_core(weight, layer.quant_type, layer.blocksize, layer.weight_shape, layer.weight_dtype)
     new.weight = Params4bit(module=new)
     new.weight.set_packed(weight.qweight.reshape(-1, 1), state)
@@ -208,7 +208,8 @@ def facade_4bit(new: Layer4bit, layer: PackedMatrix) -> Layer4bit:
 def facade_8bit(new: Layer8bit, layer: PackedMatrix) -> Layer8bit:
     if layer.blocksize:
         raise ValueError(f"bitsandbytes has no int8 in blocks of {layer.blocksize}, only one scale per row")
-    new.weight = Int8Params(layer.qweight.data, requires_grad=False, SCB=layer.absmax.data)
+    tensors = layer.packed_tensors()
+    new.weight = Int8Params(tensors["qweight"], requires_grad=False, SCB=tensors["absmax"])
     return new
 
 
