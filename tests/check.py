@@ -19,8 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # What runs under AddressSanitizer and UBSan: everything that hands memory to the C core.
-CORE_TESTS = ["test_quantize.py", "test_linear.py", "test_golden.py", "test_errors_core.py", "test_dlpack.py",
-              "test_cuda_quantize.py", "test_cuda_linear4.py", "test_cuda_linear8.py", "test_cuda_binding.py"]
+CORE_TESTS = ["test_quantize.py", "test_linear.py", "test_experts.py", "test_golden.py", "test_errors_core.py",
+              "test_dlpack.py", "test_cuda_quantize.py", "test_cuda_linear4.py", "test_cuda_linear8.py",
+              "test_cuda_binding.py"]
 SLOWER_TESTS = ["test_benchmarks.py", "test_transformers.py", "test_architectures.py", "test_peft.py", "test_accelerate.py", "test_bitsandbytes_parity.py", "test_state_machine.py"]
 
 SANITIZERS = "address,undefined"

@@ -126,17 +126,29 @@ bool bnbq_view_packed4(bnbq_call *call, PyObject *const *args, bnbq_packed4 *pac
     return packed->qweight != NULL && bnbq_view_scales(call, args + 1, packed);
 }
 
-bool bnbq_check_scales(const bnbq_call *call, const bnbq_packed4 *packed, int64_t count,
-                       bnbq_absmax *absmax) {
+/* `count` elements; or, of the tensors of experts, so many for each. */
+static bool expect(const bnbq_call *call, const bnbq_arg *view, int64_t experts, int64_t count) {
+    int64_t all;
+    if (experts == 0)
+        return bnbq_expect_count(call, view, count);
+    if (view->dl.ndim > 0 && view->dl.shape[0] == experts &&
+        !__builtin_mul_overflow(experts, count, &all) && view->count == all)
+        return true;
+    return bnbq_wrong_shape(call, view, "%lld experts of %lld elements", (long long)experts,
+                            (long long)count);
+}
+
+bool bnbq_check_scales(const bnbq_call *call, const bnbq_packed4 *packed, int64_t experts,
+                       int64_t count, bnbq_absmax *absmax) {
     *absmax = (bnbq_absmax){0};
-    if (!bnbq_expect_count(call, packed->absmax, count))
+    if (!expect(call, packed->absmax, experts, count))
         return false;
     if (packed->absmax2 == NULL) {
         absmax->absmax = packed->absmax->dl.data;
         return true;
     }
-    if (!bnbq_expect_count(call, packed->absmax2, bnbq_blocks(count, BNBQ_ABSMAX_BLOCK)) ||
-        !bnbq_expect_count(call, packed->offset, 1))
+    if (!expect(call, packed->absmax2, experts, bnbq_blocks(count, BNBQ_ABSMAX_BLOCK)) ||
+        !expect(call, packed->offset, experts, 1))
         return false;
     absmax->codes = packed->absmax->dl.data;
     absmax->absmax2 = packed->absmax2->dl.data;
@@ -144,97 +156,40 @@ bool bnbq_check_scales(const bnbq_call *call, const bnbq_packed4 *packed, int64_
     return true;
 }
 
-bool bnbq_check_packed4(bnbq_call *call, const bnbq_packed4 *packed, const char *n_from, int64_t n,
-                        const char *k_from, int64_t k, const bnbq_format *format, int64_t blocksize,
-                        bnbq_weight4 *w) {
-    const DLTensor *q = &packed->qweight->dl;
-    if (n_from != NULL && q->ndim == 2 && q->shape[1] > 1) {
-        if (k != q->shape[1] * 2)
-            return bnbq_fail(call, PyExc_ValueError, "%s has %lld columns, the weight has k = %lld",
-                             k_from, (long long)k, (long long)q->shape[1] * 2);
-        if (n != q->shape[0])
-            return bnbq_fail(call, PyExc_ValueError, "%s has %lld columns, the weight has n = %lld",
-                             n_from, (long long)n, (long long)q->shape[0]);
-    }
+bool bnbq_check_packed4(bnbq_call *call, const bnbq_packed4 *packed, int64_t experts, int64_t n,
+                        int64_t k, const bnbq_format *format, int64_t blocksize, bnbq_weight4 *w) {
     int64_t size;
     if (!get_size(call, n, k, &size))
         return false;
-    if (packed->qweight->count != bnbq_blocks(size, 2))
+    int64_t bytes = bnbq_blocks(size, 2);
+    if (experts == 0 && packed->qweight->count != bytes)
         return bnbq_wrong_shape(call, packed->qweight,
-                                "%lld bytes for a weight [n = %lld, k = %lld]",
-                                (long long)bnbq_blocks(size, 2), (long long)n, (long long)k);
-    call->n = n, call->k = k;
-    *w = (bnbq_weight4){
-        .qweight = q->data, .format = format, .n = n, .k = k, .blocksize = blocksize};
-    return bnbq_check_scales(call, packed, bnbq_blocks(size, blocksize), &w->absmax);
-}
-
-bool bnbq_check_packed8(bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
-                        int64_t blocksize, bnbq_weight8 *w) {
-    if (qweight->dl.ndim != 2)
-        return bnbq_wrong_shape(call, qweight, "(n, k)");
-    int64_t n = qweight->dl.shape[0], k = qweight->dl.shape[1], count;
-    if (!get_size(call, n, blocksize == 0 ? 1 : bnbq_blocks(k, blocksize), &count) ||
-        !bnbq_expect_count(call, absmax, count))
+                                "%lld bytes for a weight [n = %lld, k = %lld]", (long long)bytes,
+                                (long long)n, (long long)k);
+    if (!expect(call, packed->qweight, experts, bytes))
         return false;
     call->n = n, call->k = k;
-    *w = (bnbq_weight8){.qweight = qweight->dl.data,
-                        .absmax = absmax->dl.data,
+    *w = (bnbq_weight4){.qweight = packed->qweight->dl.data,
+                        .format = format,
                         .n = n,
                         .k = k,
                         .blocksize = blocksize};
-    return true;
+    return bnbq_check_scales(call, packed, experts, bnbq_blocks(size, blocksize), &w->absmax);
 }
 
-/* ------------------------------------------------------------------ weights of experts */
-
-/* Each expert has `count` of the elements. */
-static bool expect_experts(const bnbq_call *call, const bnbq_arg *arg, int64_t experts,
-                           int64_t count) {
-    if (arg->dl.ndim > 0 && arg->dl.shape[0] == experts && arg->count == experts * count)
-        return true;
-    return bnbq_wrong_shape(call, arg, "%lld experts of %lld elements", (long long)experts,
-                            (long long)count);
-}
-
-bool bnbq_check_experts4(const bnbq_call *call, const bnbq_packed4 *packed, int64_t experts,
-                         const char *n_from, int64_t n, const char *k_from, int64_t k,
-                         const bnbq_format *format, int64_t blocksize, bnbq_weight4 *w) {
-    const DLTensor *q = &packed->qweight->dl;
-    if (q->ndim == 3 && k != q->shape[2] * 2)
-        return bnbq_fail(call, PyExc_ValueError, "%s has %lld columns, the weights have k = %lld",
-                         k_from, (long long)k, (long long)q->shape[2] * 2);
-    if (q->ndim == 3 && n != q->shape[1])
-        return bnbq_fail(call, PyExc_ValueError, "%s has %lld columns, the weights have n = %lld",
-                         n_from, (long long)n, (long long)q->shape[1]);
-    int64_t size, all;
-    if (!get_size(call, n, k, &size) || !get_size(call, experts, size, &all))
-        return false;
-    int64_t blocks = bnbq_blocks(size, blocksize);
-    *w = (bnbq_weight4){
-        .qweight = q->data, .format = format, .n = n, .k = k, .blocksize = blocksize};
-    if (!expect_experts(call, packed->qweight, experts, bnbq_blocks(size, 2)) ||
-        !expect_experts(call, packed->absmax, experts, blocks))
-        return false;
-    if (packed->absmax2 == NULL) {
-        w->absmax.absmax = packed->absmax->dl.data;
-        return true;
-    }
-    w->absmax.codes = packed->absmax->dl.data;
-    w->absmax.absmax2 = packed->absmax2->dl.data;
-    w->absmax.offset = packed->offset->dl.data;
-    return expect_experts(call, packed->absmax2, experts, bnbq_blocks(blocks, BNBQ_ABSMAX_BLOCK)) &&
-           expect_experts(call, packed->offset, experts, 1);
-}
-
-bool bnbq_check_experts8(const bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
-                         int64_t experts, int64_t blocksize, bnbq_weight8 *w) {
+bool bnbq_check_packed8(bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
+                        int64_t experts, int64_t blocksize, bnbq_weight8 *w) {
     const DLTensor *q = &qweight->dl;
-    if (q->ndim != 3 || q->shape[0] != experts)
+    if (experts == 0 && q->ndim != 2)
+        return bnbq_wrong_shape(call, qweight, "(n, k)");
+    if (experts > 0 && (q->ndim != 3 || q->shape[0] != experts))
         return bnbq_wrong_shape(call, qweight, "(%lld, n, k)", (long long)experts);
-    int64_t n = q->shape[1], k = q->shape[2];
+    int64_t n = q->shape[q->ndim - 2], k = q->shape[q->ndim - 1], count;
+    if (!get_size(call, n, blocksize == 0 ? 1 : bnbq_blocks(k, blocksize), &count) ||
+        !expect(call, absmax, experts, count))
+        return false;
+    call->n = n, call->k = k;
     *w = (bnbq_weight8){
         .qweight = q->data, .absmax = absmax->dl.data, .n = n, .k = k, .blocksize = blocksize};
-    return expect_experts(call, absmax, experts,
-                          n * (blocksize == 0 ? 1 : bnbq_blocks(k, blocksize)));
+    return true;
 }

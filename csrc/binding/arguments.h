@@ -32,26 +32,19 @@ typedef struct bnbq_packed4 {
 bool bnbq_view_scales(bnbq_call *call, PyObject *const *args, bnbq_packed4 *packed);
 /* From four: qweight and those. */
 bool bnbq_view_packed4(bnbq_call *call, PyObject *const *args, bnbq_packed4 *packed);
+
+/* Of the tensors of experts the first dimension is theirs, and the scales and weights below are the
+ * first one's; `experts` 0 stands for a single weight. */
+
 /* `count` scales, as the core takes them. */
-bool bnbq_check_scales(const bnbq_call *call, const bnbq_packed4 *packed, int64_t count,
-                       bnbq_absmax *absmax);
-/* The weight [n, k] that these tensors hold. n_from and k_from name the arguments that n and k were
- * read from, for messages. A matrix of bytes must be [n, k/2], unless n_from is NULL; a vector or a
- * single column (bitsandbytes' shape) must have as many bytes. */
-bool bnbq_check_packed4(bnbq_call *call, const bnbq_packed4 *packed, const char *n_from, int64_t n,
-                        const char *k_from, int64_t k, const bnbq_format *format, int64_t blocksize,
-                        bnbq_weight4 *w);
+bool bnbq_check_scales(const bnbq_call *call, const bnbq_packed4 *packed, int64_t experts,
+                       int64_t count, bnbq_absmax *absmax);
+/* The weight [n, k] that these tensors hold, whatever the shape of qweight. */
+bool bnbq_check_packed4(bnbq_call *call, const bnbq_packed4 *packed, int64_t experts, int64_t n,
+                        int64_t k, const bnbq_format *format, int64_t blocksize, bnbq_weight4 *w);
 /* qweight i8[n, k], absmax f32[n] or f32[n, ceil(k / blocksize)] */
 bool bnbq_check_packed8(bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
-                        int64_t blocksize, bnbq_weight8 *w);
-
-/* The same with a leading dimension for the experts; *w is the first one's. The shapes of qweight
- * and absmax decide whether blocks cross rows; n and k as above. */
-bool bnbq_check_experts4(const bnbq_call *call, const bnbq_packed4 *packed, int64_t experts,
-                         const char *n_from, int64_t n, const char *k_from, int64_t k,
-                         const bnbq_format *format, int64_t blocksize, bnbq_weight4 *w);
-bool bnbq_check_experts8(const bnbq_call *call, const bnbq_arg *qweight, const bnbq_arg *absmax,
-                         int64_t experts, int64_t blocksize, bnbq_weight8 *w);
+                        int64_t experts, int64_t blocksize, bnbq_weight8 *w);
 
 static inline int64_t bnbq_blocks(int64_t count, int64_t size) {
     return count / size + (count % size != 0);

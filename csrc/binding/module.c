@@ -22,11 +22,6 @@
 static const char *const families[] = {"edge", "q4", "s8", "w4a8"};
 enum { FAMILIES = sizeof families / sizeof *families };
 
-static PyObject *none(void) {
-    Py_INCREF(Py_None);
-    return Py_None;
-}
-
 /* ------------------------------------------------------------------ instruction sets */
 
 /* True when a row of this level runs here: such a name may be given to set_isa. */
@@ -93,7 +88,7 @@ static PyObject *set_isa(PyObject *module, PyObject *name) {
     PyErr_Clear(); /* lone surrogates */
     if (text != NULL && strlen(text) != (size_t)size)
         text = NULL;
-    return use_isa(module, text, "set_isa") ? none() : NULL;
+    return use_isa(module, text, "set_isa") ? Py_NewRef(Py_None) : NULL;
 }
 
 static PyObject *feature_names(uint32_t features) {
@@ -149,7 +144,7 @@ static PyObject *set_thread_limit(PyObject *module, PyObject *threads) {
                      "set_thread_limit: threads is %R, wanted 0 (no limit) to 1048576", threads);
     else {
         bnbq_set_thread_limit((int)count);
-        return none();
+        return Py_NewRef(Py_None);
     }
     return NULL;
 }
@@ -165,7 +160,7 @@ static PyObject *set_batch_invariant(PyObject *module, PyObject *on) {
     if (truth < 0)
         return NULL;
     bnbq_set_batch_invariant(truth != 0);
-    return none();
+    return Py_NewRef(Py_None);
 }
 
 static PyObject *batch_invariant(PyObject *module, PyObject *unused) {
@@ -223,12 +218,13 @@ static PyMethodDef methods[] = {
                      "None: a new tensor."),
     OP(linear8bitlt_backward, "(gy, qweight, absmax, out, blocksize, /)\n--\n\n"),
     OP(linear4bit_experts,
-       "(x, ends, qweight, absmax, absmax2, absmax_offset, bias, columns, quant_type, blocksize,"
+       "(x, ends, qweight, absmax, absmax2, absmax_offset, bias, out, quant_type, blocksize,"
        " compute_dtype, activations, /)\n--\n\nends is a list of ints."),
-    OP(linear4bit_experts_backward, "(gy, ends, qweight, absmax, absmax2, absmax_offset, columns,"
+    OP(linear4bit_experts_backward, "(gy, ends, qweight, absmax, absmax2, absmax_offset, out,"
                                     " quant_type, blocksize, compute_dtype, /)\n--\n\n"),
-    OP(linear8bitlt_experts, "(x, ends, qweight, absmax, bias, threshold, blocksize, /)\n--\n\n"),
-    OP(linear8bitlt_experts_backward, "(gy, ends, qweight, absmax, blocksize, /)\n--\n\n"),
+    OP(linear8bitlt_experts,
+       "(x, ends, qweight, absmax, bias, out, threshold, blocksize, /)\n--\n\n"),
+    OP(linear8bitlt_experts_backward, "(gy, ends, qweight, absmax, out, blocksize, /)\n--\n\n"),
     CALL(isas, METH_NOARGS, "()\n--\n\nInstruction sets that this CPU runs, slowest first."),
     CALL(isa, METH_NOARGS, "()\n--\n\nThe highest instruction set in use."),
     CALL(set_isa, METH_O, "(name, /)\n--\n\nUse nothing above this instruction set."),

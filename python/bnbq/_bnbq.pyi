@@ -95,13 +95,13 @@ def linear4bit_experts(
     absmax2: _Tensor | None,
     absmax_offset: _Tensor | None,
     bias: _Tensor | None,
-    columns: int,
+    out: _Tensor | int,
     quant_type: str,
     blocksize: int,
     compute_dtype: str | None,
     activations: str | None,
     /,
-) -> _Tensor: ...
+) -> _Tensor | None: ...
 def linear4bit_experts_backward(
     gy: _Tensor,
     ends: list[int],
@@ -109,25 +109,26 @@ def linear4bit_experts_backward(
     absmax: _Tensor,
     absmax2: _Tensor | None,
     absmax_offset: _Tensor | None,
-    columns: int,
+    out: _Tensor | int,
     quant_type: str,
     blocksize: int,
     compute_dtype: str | None,
     /,
-) -> _Tensor: ...
+) -> _Tensor | None: ...
 def linear8bitlt_experts(
     x: _Tensor,
     ends: list[int],
     qweight: _Tensor,
     absmax: _Tensor,
     bias: _Tensor | None,
+    out: _Tensor | int | None,
     threshold: float,
     blocksize: int,
     /,
-) -> _Tensor: ...
+) -> _Tensor | None: ...
 def linear8bitlt_experts_backward(
-    gy: _Tensor, ends: list[int], qweight: _Tensor, absmax: _Tensor, blocksize: int, /
-) -> _Tensor: ...
+    gy: _Tensor, ends: list[int], qweight: _Tensor, absmax: _Tensor, out: _Tensor | int | None, blocksize: int, /
+) -> _Tensor | None: ...
 def isas() -> tuple[str, ...]: ...
 def isa() -> str: ...
 def set_isa(name: str, /) -> None: ...

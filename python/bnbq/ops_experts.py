@@ -40,13 +40,13 @@ def linear8bitlt_experts(x, ends, qweight, absmax, bias, *settings):
     packed = qweight, absmax, bias
     if on_gpu(x):
         return one_by_one("linear8bitlt", x, ends, packed, qweight.shape[1], *settings)
-    return _bnbq.linear8bitlt_experts(x.resolve_neg(), ends.tolist(), *packed, *settings)
+    return _bnbq.linear8bitlt_experts(x.resolve_neg(), ends.tolist(), *packed, None, *settings)
 
 
 def linear8bitlt_experts_backward(gy, ends, qweight, absmax, blocksize):
     if on_gpu(gy):
         return one_by_one("linear8bitlt_backward", gy, ends, (qweight, absmax), qweight.shape[2], blocksize)
-    return _bnbq.linear8bitlt_experts_backward(gy.resolve_neg(), ends.tolist(), qweight, absmax, blocksize)
+    return _bnbq.linear8bitlt_experts_backward(gy.resolve_neg(), ends.tolist(), qweight, absmax, None, blocksize)
 
 
 def one_by_one(name: str, x, ends, packed, columns: int, *settings):
