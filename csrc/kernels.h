@@ -23,6 +23,9 @@
 #include "cpu.h"
 #include "formats.h"
 
+/* Of kernels: a function that constant arguments specialise. */
+#define BNBQ_INLINE static inline __attribute__((always_inline))
+
 /* Instruction sets in the order in which BNBQ_ISA caps them. */
 typedef enum bnbq_isa {
     BNBQ_ISA_SCALAR,

@@ -19,8 +19,6 @@
 
 #include "../kernels.h"
 
-#define BNBQ_INLINE static inline __attribute__((always_inline))
-
 static inline int log2_of(int64_t blocksize) {
     return __builtin_ctzll((unsigned long long)blocksize);
 }

@@ -10,13 +10,14 @@
 #include "blocking.h"
 #include "narrow_avx2.h"
 
+#define QUANTIZE_UNIT 32
+#include "quantize_q4.h"
+
 #include <assert.h>
 #include <immintrin.h>
 #include <string.h>
 
 enum { BATCH = 4096 }; /* columns quantised together: the largest block */
-
-static const float tiny = 1e-38f; /* least divisor: the reciprocal stays finite */
 
 typedef struct search {
     __m256 step8, low4, high4; /* thresholds[7]; [3]; [11] */
@@ -81,7 +82,6 @@ BNBQ_INLINE void absmax_of(const void *w, const bnbq_dtype dtype, int64_t start,
     }
 }
 
-/* Whole blocks. */
 BNBQ_INLINE void quantize_blocks(const void *w, const bnbq_dtype dtype, int64_t count,
                                  const bnbq_format *format, int64_t blocksize, uint8_t *qweight,
                                  float *absmax) {
@@ -119,23 +119,6 @@ BNBQ_INLINE void quantize_blocks(const void *w, const bnbq_dtype dtype, int64_t 
             _mm_storeu_si128((__m128i *)(qweight + i / 2), _mm_unpacklo_epi16(low, high));
         }
     }
-}
-
-static void quantize_q4_avx2(const void *w, bnbq_dtype dtype, int64_t count,
-                             const bnbq_format *format, int64_t blocksize, uint8_t *qweight,
-                             float *absmax) {
-    assert(count >= 1 && bnbq_valid_blocksize(blocksize));
-    const int64_t whole = count - count % blocksize;
-    switch (dtype) {
-    case BNBQ_BF16: quantize_blocks(w, BNBQ_BF16, whole, format, blocksize, qweight, absmax); break;
-    case BNBQ_F16: quantize_blocks(w, BNBQ_F16, whole, format, blocksize, qweight, absmax); break;
-    default: quantize_blocks(w, BNBQ_F32, whole, format, blocksize, qweight, absmax);
-    }
-    /* The short block at the end of a weight has its own rule (it is divided, not multiplied). */
-    if (whole < count)
-        bnbq_q4_scalar.quantize((const char *)w + whole * (int64_t)bnbq_dtype_size(dtype), dtype,
-                                count - whole, format, blocksize, qweight + whole / 2,
-                                absmax + whole / blocksize);
 }
 
 typedef struct table {

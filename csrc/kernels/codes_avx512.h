@@ -14,14 +14,15 @@
 
 #include "blocking.h"
 
+#define QUANTIZE_UNIT 64
+#include "quantize_q4.h"
+
 #include <assert.h>
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
 
 enum { BATCH = 4096 }; /* columns quantised together: the largest block */
-
-static const float tiny = 1e-38f; /* least divisor: the reciprocal stays finite */
 
 /* Sixteen values as fp32; `dtype` is a constant of the caller. */
 BNBQ_INLINE __m512 load16(const void *w, const bnbq_dtype dtype, int64_t i) {
@@ -135,23 +136,6 @@ BNBQ_INLINE void quantize_blocks(const void *w, const bnbq_dtype dtype, int64_t 
             encode64(w, dtype, i, scale, &s, order, qweight + i / 2);
         }
     }
-}
-
-static void quantize_q4_avx512(const void *w, bnbq_dtype dtype, int64_t count,
-                               const bnbq_format *format, int64_t blocksize, uint8_t *qweight,
-                               float *absmax) {
-    assert(count >= 1 && bnbq_valid_blocksize(blocksize));
-    const int64_t whole = count - count % (blocksize < 64 ? 64 : blocksize);
-    switch (dtype) {
-    case BNBQ_BF16: quantize_blocks(w, BNBQ_BF16, whole, format, blocksize, qweight, absmax); break;
-    case BNBQ_F16: quantize_blocks(w, BNBQ_F16, whole, format, blocksize, qweight, absmax); break;
-    default: quantize_blocks(w, BNBQ_F32, whole, format, blocksize, qweight, absmax);
-    }
-    /* The short block at the end of a weight has its own rule (it is divided, not multiplied). */
-    if (whole < count)
-        bnbq_q4_scalar.quantize((const char *)w + whole * (int64_t)bnbq_dtype_size(dtype), dtype,
-                                count - whole, format, blocksize, qweight + whole / 2,
-                                absmax + whole / blocksize);
 }
 
 /* 16 packed bytes as 32 values in their natural order: each half of a register gets four bytes and

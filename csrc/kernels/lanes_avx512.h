@@ -15,7 +15,7 @@ static inline __mmask16 first16(int64_t left) {
 
 /* The sums over the lanes of four vectors. One order for all: lanes 0+2 and 1+3 of each 128 bits,
  * then the 128-bit parts 0+2 and 1+3. */
-static inline __attribute__((always_inline)) __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 d) {
+BNBQ_INLINE __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 d) {
     __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
@@ -26,8 +26,7 @@ static inline __attribute__((always_inline)) __m128 sum4(__m512 a, __m512 b, __m
 }
 
 /* y[0..ws) = or += sums */
-static inline __attribute__((always_inline)) void put4(float *y, __m128 sums, int64_t ws,
-                                                       bool first) {
+BNBQ_INLINE void put4(float *y, __m128 sums, int64_t ws, bool first) {
     __mmask8 mask = (__mmask8)((1 << ws) - 1);
     if (!first)
         sums = _mm_add_ps(_mm_maskz_loadu_ps(mask, y), sums);
@@ -35,7 +34,7 @@ static inline __attribute__((always_inline)) void put4(float *y, __m128 sums, in
 }
 
 /* t[r], lane c becomes t[c], lane r. */
-static inline __attribute__((always_inline)) void transpose16(__m512i t[16]) {
+BNBQ_INLINE void transpose16(__m512i t[16]) {
     __m512i u[16];
 #pragma GCC unroll 8
     for (int r = 0; r < 16; r += 2) {
@@ -64,49 +63,6 @@ static inline __attribute__((always_inline)) void transpose16(__m512i t[16]) {
         t[8 + i] = _mm512_shuffle_i32x4(u[4 * i], u[4 * i + 1], 0xdd);
         t[4 + i] = _mm512_shuffle_i32x4(u[4 * i + 2], u[4 * i + 3], 0x88);
         t[12 + i] = _mm512_shuffle_i32x4(u[4 * i + 2], u[4 * i + 3], 0xdd);
-    }
-}
-
-/* 128 columns of 16 packed rows of 4 bits as dwords of eight codes, transposed; 0 past the rows and
- * columns. */
-static inline __attribute__((always_inline)) void
-load_group(const uint8_t *q, int64_t row_bytes, int64_t rows, int64_t cols, __m512i t[16]) {
-    if (rows >= 16 && cols >= 128) {
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; r++) {
-            t[r] = _mm512_loadu_si512(q);
-            q += row_bytes;
-            __asm__("" : "+r"(q)); /* or gcc keeps and spills sixteen pointers */
-        }
-    } else {
-        const __mmask16 mask = first16(cols / 8);
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; r++)
-            t[r] = r < rows ? _mm512_maskz_loadu_epi32(mask, q + r * row_bytes)
-                            : _mm512_setzero_si512();
-    }
-    transpose16(t);
-}
-
-/* [k / blocksize][BNBQ_TILE_N], times `factor`, zero where there is no row; in whole vectors of
- * blocks. */
-static inline void transpose_scales(const bnbq_q4_rows *w, int64_t rows, float factor,
-                                    float *scales) {
-    const int64_t blocks = w->k / w->blocksize;
-    for (int64_t b = 0; b < blocks; b += 16) {
-        const __mmask16 mask = first16(blocks - b);
-        for (int64_t n = 0; n < BNBQ_TILE_N; n += 16) {
-            __m512i t[16];
-            for (int r = 0; r < 16; r++) {
-                const __m512 row =
-                    n + r < rows ? _mm512_maskz_loadu_ps(mask, w->absmax + (n + r) * blocks + b)
-                                 : _mm512_setzero_ps();
-                t[r] = _mm512_castps_si512(_mm512_mul_ps(row, _mm512_set1_ps(factor)));
-            }
-            transpose16(t);
-            for (int i = 0; i < 16; i++)
-                _mm512_store_si512(scales + (b + i) * BNBQ_TILE_N + n, t[i]);
-        }
     }
 }
 

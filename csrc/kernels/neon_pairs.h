@@ -62,9 +62,8 @@ static inline void store_pair(int8_t *to, int8x16_t even, int8x16_t odd) {
 }
 
 /* y[2 * pairs, GROUP] of some columns, stored or added. */
-static inline __attribute__((always_inline)) void multiply(const int pairs, const int8_t *x,
-                                                           const int8_t *w, int64_t bytes,
-                                                           pair_result *y, int64_t ldy, bool add) {
+BNBQ_INLINE void multiply(const int pairs, const int8_t *x, const int8_t *w, int64_t bytes,
+                          pair_result *y, int64_t ldy, bool add) {
     pair_block sums[PAIRS][PAIRS];
     for (int i = 0; i < pairs; i++)
         for (int r = 0; r < PAIRS; r++)
@@ -120,11 +119,11 @@ static void multiply_group(int64_t xs, const int8_t *x, const int8_t *w, int64_t
 }
 
 /* prepare: bytes [at, at + bytes) of the rows of W as a chunk. scratch: BNBQ_TILE_N * CHUNK */
-static inline __attribute__((always_inline)) void
-run_pairs(const void *packed, int64_t m, int64_t row_bytes, int64_t rows, pair_result *y,
-          int64_t ldy, void *scratch,
-          void (*prepare)(const void *w, int64_t rows, int64_t at, int64_t bytes, void *chunk),
-          const void *w) {
+BNBQ_INLINE void run_pairs(const void *packed, int64_t m, int64_t row_bytes, int64_t rows,
+                           pair_result *y, int64_t ldy, void *scratch,
+                           void (*prepare)(const void *w, int64_t rows, int64_t at, int64_t bytes,
+                                           void *chunk),
+                           const void *w) {
     for (int64_t at = 0; at < row_bytes; at += CHUNK) {
         const int64_t bytes = least(row_bytes - at, CHUNK);
         prepare(w, rows, at, bytes, scratch);

@@ -22,8 +22,7 @@
  * in memory as long as 3 x 4 in registers.
  */
 #include "backward_q4_avx512bf16.h"
-#include "blocking.h"
-#include "lanes_avx512.h"
+#include "row_lanes_avx512.h"
 
 #define LENDER_Q4 bnbq_q4_avx512
 #include "borrow_q4.h"
@@ -37,18 +36,11 @@
 #endif
 
 enum {
-    GROUP = 128, /* columns decoded together: 64 packed bytes */
     FEW_CHUNK = 1024,
     FEW_ROWS = 6, /* rows of x that a decoded row of W is multiplied with at once, at most */
-    LANES = 16,
-    SUMS = 12, /* and as many scaled ones */
 };
 
 typedef __m512bh bf16x32;
-
-static inline int64_t groups_of(int64_t k) {
-    return (k + GROUP - 1) / GROUP;
-}
 
 /* Sixteen columns from bf16-valued x, of which there are `left`; zero past them. */
 BNBQ_INLINE __m512 load16(const float *x, int64_t left) {
@@ -331,38 +323,14 @@ BNBQ_INLINE void multiply(const int xs, const int vs, const uint16_t *x, const g
                                   total[i * vs + v]);
 }
 
-/* Functions, not inlined: what the callers keep in registers would make gcc spill sums. */
 typedef void multiply_fn(const uint16_t *x, const group *g);
-#define MULTIPLY(xs, vs)                                                                           \
-    static void multiply_##xs##x##vs(const uint16_t *x, const group *g) {                          \
-        multiply(xs, vs, x, g);                                                                    \
+#define MULTIPLY(what, xs, vs)                                                                     \
+    static void what##_##xs##x##vs(const uint16_t *x, const group *g) {                            \
+        what(xs, vs, x, g);                                                                        \
     }
-MULTIPLY(1, 4)
-MULTIPLY(2, 4)
-MULTIPLY(3, 4)
-MULTIPLY(1, 3)
-MULTIPLY(2, 3)
-MULTIPLY(3, 3)
-MULTIPLY(4, 3)
-MULTIPLY(1, 2)
-MULTIPLY(2, 2)
-MULTIPLY(3, 2)
-MULTIPLY(4, 2)
-MULTIPLY(5, 2)
-MULTIPLY(6, 2)
-MULTIPLY(1, 1)
-MULTIPLY(2, 1)
-MULTIPLY(3, 1)
-MULTIPLY(4, 1)
-MULTIPLY(5, 1)
-MULTIPLY(6, 1)
-static multiply_fn *const multiply_of[4][6] = {
-    {multiply_1x1, multiply_2x1, multiply_3x1, multiply_4x1, multiply_5x1, multiply_6x1},
-    {multiply_1x2, multiply_2x2, multiply_3x2, multiply_4x2, multiply_5x2, multiply_6x2},
-    {multiply_1x3, multiply_2x3, multiply_3x3, multiply_4x3},
-    {multiply_1x4, multiply_2x4, multiply_3x4},
-};
-static const int64_t most_rows[4] = {6, 6, 4, 3};
+#define AT(what, xs, vs) [vs - 1][xs - 1] = what##_##xs##x##vs,
+EACH_SHAPE(MULTIPLY, multiply)
+static multiply_fn *const multiply_of[4][6] = {EACH_SHAPE(AT, multiply)};
 
 static void linear_many(const void *packed, int64_t m, const bnbq_q4_rows *w, int64_t rows,
                         float *y, int64_t ldy, void *scratch) {

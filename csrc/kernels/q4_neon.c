@@ -17,6 +17,9 @@
 #include "../kernels.h"
 #include "neon_backward.h"
 
+#define QUANTIZE_UNIT 32
+#include "quantize_q4.h"
+
 #include <assert.h>
 
 #if !defined(__aarch64__) || !defined(__ARM_NEON)
@@ -28,9 +31,6 @@ enum {
     GROUP = 32,  /* weights decoded at once, 16 bytes */
     FEW = 8,     /* rows of W decoded at once for a few rows of x */
 };
-
-/* Least divisor of a block: keeps the reciprocal finite, as bitsandbytes does. */
-static const float tiny = 1e-38f;
 
 /* ------------------------------------------------------------------ decoding */
 
@@ -161,10 +161,9 @@ static inline float absmax_of(const void *w, const bnbq_dtype dtype, int64_t sta
         vmaxq_u32(vmaxq_u32(greatest[0], greatest[1]), vmaxq_u32(greatest[2], greatest[3]))));
 }
 
-/* Whole blocks. */
-static inline void quantize_blocks(const void *w, const bnbq_dtype dtype, int64_t count,
-                                   const bnbq_format *format, int64_t blocksize, uint8_t *qweight,
-                                   float *absmax) {
+BNBQ_INLINE void quantize_blocks(const void *w, const bnbq_dtype dtype, int64_t count,
+                                 const bnbq_format *format, int64_t blocksize, uint8_t *qweight,
+                                 float *absmax) {
     const uint8x16_t order = vld1q_u8(format->order);
     float32x4_t thresholds[15];
     for (int t = 0; t < 15; t++)
@@ -180,23 +179,6 @@ static inline void quantize_blocks(const void *w, const bnbq_dtype dtype, int64_
             vst1q_u8(qweight + j / 2, vsliq_n_u8(odd, even, 4)); /* even << 4 | odd */
         }
     }
-}
-
-static void quantize_q4_neon(const void *w, bnbq_dtype dtype, int64_t count,
-                             const bnbq_format *format, int64_t blocksize, uint8_t *qweight,
-                             float *absmax) {
-    assert(count >= 1 && blocksize % GROUP == 0);
-    const int64_t whole = count - count % blocksize;
-    switch (dtype) {
-    case BNBQ_BF16: quantize_blocks(w, BNBQ_BF16, whole, format, blocksize, qweight, absmax); break;
-    case BNBQ_F16: quantize_blocks(w, BNBQ_F16, whole, format, blocksize, qweight, absmax); break;
-    default: quantize_blocks(w, BNBQ_F32, whole, format, blocksize, qweight, absmax);
-    }
-    /* The short block at the end of a weight has its own rule (it is divided, not multiplied). */
-    if (whole < count)
-        bnbq_q4_scalar.quantize((const char *)w + whole * (int64_t)bnbq_dtype_size(dtype), dtype,
-                                count - whole, format, blocksize, qweight + whole / 2,
-                                absmax + whole / blocksize);
 }
 
 /* ------------------------------------------------------------------ y = x . W^T */
@@ -324,7 +306,7 @@ const bnbq_q4_kernels bnbq_q4_neon = {
     .isa = "neon",
     .level = BNBQ_ISA_NEON,
     .needs = BNBQ_CPU_OF_THIS_FILE,
-    .quantize = quantize_q4_neon,
+    .quantize = quantize_q4,
     .dequantize = dequantize_q4_neon,
     .linear = {packed_bytes_q4_neon, pack_q4_neon, scratch_bytes_q4_neon, linear_q4_neon},
     .backward = backward_q4_neon,

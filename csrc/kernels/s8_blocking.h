@@ -16,8 +16,6 @@
 
 #include "../kernels.h"
 
-#define BNBQ_INLINE static inline __attribute__((always_inline))
-
 enum {
     CHUNK = 512, /* columns */
     BLOCK = 64,  /* columns that are interleaved at a time; the last ones are padded with zeros */

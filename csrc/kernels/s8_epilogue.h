@@ -42,10 +42,9 @@ static void decode_columns_s8(const int8_t *w, int64_t ldw, int64_t rows, const 
 typedef float bnbq_lanes __attribute__((vector_size(BNBQ_VECTOR_BYTES), may_alias));
 
 /* `rows` rows of sums, `vectors` vectors wide: their accumulators stay in registers. */
-static inline __attribute__((always_inline)) void
-add_outlier_rows(const int rows, const int vectors, const float *value, int64_t ldv,
-                 const int64_t *place, int64_t begin, int64_t count, const float *decoded,
-                 float *sums) {
+BNBQ_INLINE void add_outlier_rows(const int rows, const int vectors, const float *value,
+                                  int64_t ldv, const int64_t *place, int64_t begin, int64_t count,
+                                  const float *decoded, float *sums) {
     enum { LANES = BNBQ_VECTOR_BYTES / sizeof(float) };
     for (int64_t j = 0; j < BNBQ_TILE_N; j += vectors * LANES) {
         bnbq_lanes total[4][8];

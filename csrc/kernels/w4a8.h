@@ -29,4 +29,29 @@ static inline float quantize_block(const bnbq_s8_kernels *s8, const float *x, in
     return s8->quantize(x, count, INFINITY, q, &absmax) > 0 ? NAN : absmax * (float)(1.0 / 127);
 }
 
+/* A packed form: the rows of x as int8, then the steps of their blocks, [m, k / block]. */
+static inline size_t rows_bytes(int64_t block, int64_t m, int64_t k) {
+    return (size_t)(m * k) + (size_t)(m * (k / block)) * sizeof(float);
+}
+
+static inline float *steps_of(const void *packed, int64_t m, int64_t k) {
+    return (float *)((char *)packed + m * k);
+}
+
+/* The functions of a table for a block of x from those of its file: `bytes`, pack and run, whose
+ * first argument is the block, and scratch_bytes. */
+#define W4A8_FORM(block, bytes)                                                                    \
+    static size_t packed_bytes_##block(int64_t m, int64_t k) {                                     \
+        return bytes(block, m, k);                                                                 \
+    }                                                                                              \
+    static void pack_##block(const float *x, int64_t i, int64_t m, int64_t k, void *packed) {      \
+        pack(block, x, i, m, k, packed);                                                           \
+    }                                                                                              \
+    static void run_##block(const void *packed, int64_t m, const bnbq_q4_rows *w, int64_t rows,    \
+                            float *y, int64_t ldy, void *scratch) {                                \
+        run(block, packed, m, w, rows, y, ldy, scratch);                                           \
+    }
+#define W4A8_FUNCTIONS(block)                                                                      \
+    { packed_bytes_##block, pack_##block, scratch_bytes, run_##block }
+
 #endif

@@ -18,12 +18,7 @@
 
 enum { UNIT = 32 }; /* columns of one register */
 
-/* Packed form: the rows of x as int8, in the order of decoded codes, then the steps of their
- * blocks, [m, k / block]. */
-static float *steps_of(const void *packed, int64_t m, int64_t k) {
-    return (float *)((char *)packed + m * k);
-}
-
+/* In the order of decoded codes. */
 BNBQ_INLINE void pack(const int block, const float *x, int64_t i, int64_t m, int64_t k,
                       void *packed) {
     const __m256i odd_first = _mm256_broadcastsi128_si256(
@@ -136,24 +131,13 @@ BNBQ_INLINE void run(const int block, const void *packed, int64_t m, const bnbq_
     }
 }
 
-#define LINEAR(block)                                                                              \
-    static size_t packed_bytes_##block(int64_t m, int64_t k) {                                     \
-        return (size_t)(m * k) + (size_t)(m * (k / block)) * sizeof(float);                        \
-    }                                                                                              \
-    static void pack_##block(const float *x, int64_t i, int64_t m, int64_t k, void *packed) {      \
-        pack(block, x, i, m, k, packed);                                                           \
-    }                                                                                              \
-    static void run_##block(const void *packed, int64_t m, const bnbq_q4_rows *w, int64_t rows,    \
-                            float *y, int64_t ldy, void *scratch) {                                \
-        run(block, packed, m, w, rows, y, ldy, scratch);                                           \
-    }
-LINEAR(32)
-LINEAR(64)
+W4A8_FORM(32, rows_bytes)
+W4A8_FORM(64, rows_bytes)
 
 const bnbq_w4a8_kernels bnbq_w4a8_avx2 = {
     .isa = "avx2",
     .level = BNBQ_ISA_AVX2,
     .needs = BNBQ_CPU_OF_THIS_FILE,
-    .blocks32 = {packed_bytes_32, pack_32, scratch_bytes, run_32},
-    .blocks64 = {packed_bytes_64, pack_64, scratch_bytes, run_64},
+    .blocks32 = W4A8_FUNCTIONS(32),
+    .blocks64 = W4A8_FUNCTIONS(64),
 };

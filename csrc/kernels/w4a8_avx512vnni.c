@@ -17,8 +17,7 @@
  * prefetched to L1, where 16 rows 2 KB apart share two sets, took 0.75, scales without prefetches
  * 0.6; prefetches of the next x and y gave nothing at m = 256.
  */
-#include "blocking.h"
-#include "lanes_avx512.h"
+#include "row_lanes_avx512.h"
 #include "w4a8.h"
 
 #include <assert.h>
@@ -29,12 +28,7 @@
 #error "compile with the flags of s8_avx512vnni.c"
 #endif
 
-enum {
-    GROUP = 128, /* columns decoded together: 64 packed bytes */
-    LANES = 16,
-    SUMS = 12, /* in registers, and as many scaled ones */
-    FEW_ROWS = 4,
-};
+enum { FEW_ROWS = 4 };
 
 /* A row of x, one group of columns. In the order of decoded quads: columns 8g + {1, 3, 5, 7}, then
  * {0, 2, 4, 6}. Packed form: [group][m]. */
@@ -44,11 +38,8 @@ typedef struct x_group {
     float step[GROUP / 32];
 } x_group;
 
-static inline int64_t groups_of(int64_t k) {
-    return (k + GROUP - 1) / GROUP;
-}
-
-static size_t packed_bytes(int64_t m, int64_t k) {
+static size_t groups_bytes(int block, int64_t m, int64_t k) {
+    (void)block;
     return (size_t)(groups_of(k) * m) * sizeof(x_group);
 }
 
@@ -253,44 +244,16 @@ BNBQ_INLINE void multiply(const int block, const int xs, const int vs, const x_g
                                   total[i * vs + v]);
 }
 
-/* Functions, not inlined: what the callers keep in registers would make gcc spill sums. */
 typedef void multiply_fn(const x_group *x, const group *g);
 #define MULTIPLY(block, xs, vs)                                                                    \
     static void multiply_##block##_##xs##x##vs(const x_group *x, const group *g) {                 \
         multiply(block, xs, vs, x, g);                                                             \
     }
-#define MULTIPLY_ALL(block)                                                                        \
-    MULTIPLY(block, 1, 4)                                                                          \
-    MULTIPLY(block, 2, 4)                                                                          \
-    MULTIPLY(block, 3, 4)                                                                          \
-    MULTIPLY(block, 1, 3)                                                                          \
-    MULTIPLY(block, 2, 3)                                                                          \
-    MULTIPLY(block, 3, 3)                                                                          \
-    MULTIPLY(block, 4, 3)                                                                          \
-    MULTIPLY(block, 1, 2)                                                                          \
-    MULTIPLY(block, 2, 2)                                                                          \
-    MULTIPLY(block, 3, 2)                                                                          \
-    MULTIPLY(block, 4, 2)                                                                          \
-    MULTIPLY(block, 5, 2)                                                                          \
-    MULTIPLY(block, 6, 2)                                                                          \
-    MULTIPLY(block, 1, 1)                                                                          \
-    MULTIPLY(block, 2, 1)                                                                          \
-    MULTIPLY(block, 3, 1)                                                                          \
-    MULTIPLY(block, 4, 1)                                                                          \
-    MULTIPLY(block, 5, 1)                                                                          \
-    MULTIPLY(block, 6, 1)                                                                          \
-    static multiply_fn *const multiply_##block[4][6] = {                                           \
-        {multiply_##block##_1x1, multiply_##block##_2x1, multiply_##block##_3x1,                   \
-         multiply_##block##_4x1, multiply_##block##_5x1, multiply_##block##_6x1},                  \
-        {multiply_##block##_1x2, multiply_##block##_2x2, multiply_##block##_3x2,                   \
-         multiply_##block##_4x2, multiply_##block##_5x2, multiply_##block##_6x2},                  \
-        {multiply_##block##_1x3, multiply_##block##_2x3, multiply_##block##_3x3,                   \
-         multiply_##block##_4x3},                                                                  \
-        {multiply_##block##_1x4, multiply_##block##_2x4, multiply_##block##_3x4},                  \
-    };
-MULTIPLY_ALL(32)
-MULTIPLY_ALL(64)
-static const int64_t most_rows[4] = {6, 6, 4, 3};
+#define AT(block, xs, vs) [vs - 1][xs - 1] = multiply_##block##_##xs##x##vs,
+EACH_SHAPE(MULTIPLY, 32)
+EACH_SHAPE(MULTIPLY, 64)
+static multiply_fn *const multiply_32[4][6] = {EACH_SHAPE(AT, 32)};
+static multiply_fn *const multiply_64[4][6] = {EACH_SHAPE(AT, 64)};
 
 /* Columns [col, col + GROUP) of W. */
 static void decode_group(const bnbq_q4_rows *w, int64_t rows, int64_t vectors, int64_t col,
@@ -338,35 +301,28 @@ static void run_many(int block, multiply_fn *const functions_of[4][6], const x_g
 
 /* ---------------------------------------------------------------- table */
 
-BNBQ_INLINE void run(const int block, multiply_fn *const functions[4][6], const void *packed,
-                     int64_t m, const bnbq_q4_rows *w, int64_t rows, float *y, int64_t ldy,
-                     scratch *s) {
+BNBQ_INLINE void run(const int block, const void *packed, int64_t m, const bnbq_q4_rows *w,
+                     int64_t rows, float *y, int64_t ldy, void *memory) {
     assert(m >= 1 && m <= BNBQ_TILE_M && rows >= 1 && rows <= BNBQ_TILE_N && ldy >= rows);
     assert(w->k % w->blocksize == 0 && w->blocksize % block == 0);
+    scratch *s = memory;
     float step;
     const __m512i table = make_table(w->codebook, &step);
     transpose_scales(w, rows, step, s->scales);
     if (m <= FEW_ROWS)
         run_few(block, packed, m, w, rows, table, s->scales, y, ldy);
     else
-        run_many(block, functions, packed, m, w, rows, table, s, y, ldy);
+        run_many(block, block == 32 ? multiply_32 : multiply_64, packed, m, w, rows, table, s, y,
+                 ldy);
 }
 
-#define LINEAR(block)                                                                              \
-    static void pack_##block(const float *x, int64_t i, int64_t m, int64_t k, void *packed) {      \
-        pack(block, x, i, m, k, packed);                                                           \
-    }                                                                                              \
-    static void run_##block(const void *packed, int64_t m, const bnbq_q4_rows *w, int64_t rows,    \
-                            float *y, int64_t ldy, void *scratch) {                                \
-        run(block, multiply_##block, packed, m, w, rows, y, ldy, scratch);                         \
-    }
-LINEAR(32)
-LINEAR(64)
+W4A8_FORM(32, groups_bytes)
+W4A8_FORM(64, groups_bytes)
 
 const bnbq_w4a8_kernels bnbq_w4a8_avx512vnni = {
     .isa = "avx512vnni",
     .level = BNBQ_ISA_AVX512,
     .needs = BNBQ_CPU_OF_THIS_FILE,
-    .blocks32 = {packed_bytes, pack_32, scratch_bytes, run_32},
-    .blocks64 = {packed_bytes, pack_64, scratch_bytes, run_64},
+    .blocks32 = W4A8_FUNCTIONS(32),
+    .blocks64 = W4A8_FUNCTIONS(64),
 };

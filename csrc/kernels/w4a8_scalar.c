@@ -9,11 +9,6 @@
 #error "w4a8_scalar.c is baseline code: compile it without -mavx2 or -march"
 #endif
 
-/* Packed form: the rows of x as int8, then the steps of their blocks, [m, k / block]. */
-static float *steps_of(const void *packed, int64_t m, int64_t k) {
-    return (float *)((char *)packed + m * k);
-}
-
 static void pack(int64_t block, const float *x, int64_t i, int64_t m, int64_t k, void *packed) {
     int8_t *q = (int8_t *)packed + i * k;
     float *steps = steps_of(packed, m, k) + i * (k / block);
@@ -60,24 +55,13 @@ static size_t scratch_bytes(int64_t m, int64_t k) {
     return (size_t)k;
 }
 
-#define LINEAR(block)                                                                              \
-    static size_t packed_bytes_##block(int64_t m, int64_t k) {                                     \
-        return (size_t)(m * k) + (size_t)(m * (k / block)) * sizeof(float);                        \
-    }                                                                                              \
-    static void pack_##block(const float *x, int64_t i, int64_t m, int64_t k, void *packed) {      \
-        pack(block, x, i, m, k, packed);                                                           \
-    }                                                                                              \
-    static void run_##block(const void *packed, int64_t m, const bnbq_q4_rows *w, int64_t rows,    \
-                            float *y, int64_t ldy, void *scratch) {                                \
-        run(block, packed, m, w, rows, y, ldy, scratch);                                           \
-    }
-LINEAR(32)
-LINEAR(64)
+W4A8_FORM(32, rows_bytes)
+W4A8_FORM(64, rows_bytes)
 
 const bnbq_w4a8_kernels bnbq_w4a8_scalar = {
     .isa = "scalar",
     .level = BNBQ_ISA_SCALAR,
     .needs = BNBQ_CPU_OF_THIS_FILE,
-    .blocks32 = {packed_bytes_32, pack_32, scratch_bytes, run_32},
-    .blocks64 = {packed_bytes_64, pack_64, scratch_bytes, run_64},
+    .blocks32 = W4A8_FUNCTIONS(32),
+    .blocks64 = W4A8_FUNCTIONS(64),
 };
