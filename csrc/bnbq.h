@@ -102,12 +102,12 @@ bnbq_status bnbq_linear_4bit(const bnbq_tensor *x, const bnbq_weight4 *w, const 
 bnbq_status bnbq_linear_4bit_backward(const bnbq_tensor *gy, const bnbq_weight4 *w,
                                       bnbq_dtype compute_dtype, const bnbq_tensor *gx);
 
-/* linear_s8.c: LLM.int8(). A column of x with |x| >= threshold (or NaN, Inf) in any row of the
- * batch is an outlier column: it is multiplied in float with the dequantised weight, which is
- * rounded to bf16 where that is faster if x is bf16 and one column in 16 or more is an outlier.
- * With batch invariance on (kernels.h) each row has outlier elements of its own instead, in fp32.
- * The rest of each row is quantised by its own absmax; the int8 product is exact in int32.
- * threshold 0: no outliers but NaN and Inf, and those per row. */
+/* linear_s8.c, linear_s8_backward.c: LLM.int8(). A column of x with |x| >= threshold (or NaN, Inf)
+ * in any row of the batch is an outlier column: it is multiplied in float with the dequantised
+ * weight, which is rounded to bf16 where that is faster if x is bf16 and one column in 16 or more
+ * is an outlier. With batch invariance on (kernels.h) each row has outlier elements of its own
+ * instead, in fp32. The rest of each row is quantised by its own absmax; the int8 product is exact
+ * in int32. threshold 0: no outliers but NaN and Inf, and those per row. */
 bnbq_status bnbq_linear_8bit(const bnbq_tensor *x, const bnbq_weight8 *w, const bnbq_tensor *bias,
                              float threshold, const bnbq_tensor *y);
 bnbq_status bnbq_linear_8bit_backward(const bnbq_tensor *gy, const bnbq_weight8 *w,

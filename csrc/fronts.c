@@ -136,6 +136,16 @@ void bnbq_store_rows(const bnbq_view *view, int64_t row, int64_t rows, int64_t c
         store(edge, view, row + i, col, count, src + i * lds);
 }
 
+void bnbq_store_tile(const bnbq_view *y, const bnbq_view *bias, int64_t row, int64_t rows,
+                     int64_t col, int64_t count, float *tile) {
+    float scratch[BNBQ_TILE_N];
+    const float *b = bias ? bnbq_load(bias, 0, col, count, scratch) : NULL;
+    for (int64_t i = 0; b && i < rows; i++)
+        for (int64_t j = 0; j < count; j++)
+            tile[i * BNBQ_TILE_N + j] += b[j];
+    bnbq_store_rows(y, row, rows, col, count, tile, BNBQ_TILE_N);
+}
+
 /* Whole rows of a transposed matrix, whose elements are neighbours down the columns. Through a
  * small tile, so that each cache line of both sides is touched once: with a power of two between
  * lines they would evict each other. */
@@ -263,7 +273,7 @@ bnbq_cut bnbq_cut_pass(int64_t m, int64_t cols, int64_t max_tile, int64_t min_ti
      * re-reads the packed activations, so tiles stay wide and the rows are split instead, but not
      * below 64, where decoding the tile would no longer be shared by enough of them. */
     enum { FEW_ROWS = 16, TASKS_FOR_FEW = 64, TASKS_FOR_MANY = 16, LEAST_PART = 64 };
-    bnbq_cut cut = {.tile_cols = max_tile, .parts = 1};
+    bnbq_cut cut = {.m = m, .tile_cols = max_tile, .parts = 1};
     if (m <= FEW_ROWS)
         while (cut.tile_cols > min_tile && cols < cut.tile_cols * TASKS_FOR_FEW)
             cut.tile_cols /= 2;

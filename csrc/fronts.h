@@ -1,4 +1,4 @@
-/* fronts.h - what the op fronts (quantize.c, linear_q4.c, linear_s8.c) share: strided tensors read
+/* fronts.h - what the op fronts (quantize.c, linear_*.c) share: strided tensors read
  * and written through the edge kernels, and how work is cut into tasks. Kernels do not see it.
  */
 #ifndef BNBQ_FRONTS_H
@@ -49,6 +49,7 @@ const uint16_t *bnbq_bf16_rows(const bnbq_view *view, int64_t row, int64_t rows,
  * once; a pass is cut into parts (rows) and tiles (columns of the result), and a task is one part
  * times one tile. The cut is a function of the shape alone: the thread count never shows. */
 typedef struct bnbq_cut {
+    int64_t m; /* rows of the pass */
     int64_t part_rows, parts;
     int64_t tile_cols, tiles;
 } bnbq_cut;
@@ -56,8 +57,7 @@ typedef struct bnbq_cut {
 /* Rows per pass over x[m, width]: passes of equal size, none with more than `most` elements unless
  * it is small. */
 int64_t bnbq_pass_rows(int64_t m, int64_t width, int64_t most);
-/* m: rows of the pass. Tiles have max_tile columns, or down to min_tile where that feeds more
- * threads. */
+/* Tiles have max_tile columns, or down to min_tile where that feeds more threads. */
 bnbq_cut bnbq_cut_pass(int64_t m, int64_t cols, int64_t max_tile, int64_t min_tile);
 
 /* Elements of a pass by default: 32 MB of f32. */
@@ -65,6 +65,11 @@ enum { BNBQ_PASS_ELEMENTS = 1 << 23 };
 
 /* bnbq_parallel_for if `work` (multiplications, or elements moved) is worth waking threads. */
 bool bnbq_run_tasks(bnbq_task *run, void *context, int64_t tasks, int64_t work);
+
+/* The tile, f32[rows, count] with row stride BNBQ_TILE_N, gets its bias (NULL: none) and goes to
+ * those rows and columns of y. */
+void bnbq_store_tile(const bnbq_view *y, const bnbq_view *bias, int64_t row, int64_t rows,
+                     int64_t col, int64_t count, float *tile);
 
 /* A row to where it is wanted, unless it was loaded there already. An empty tensor may be NULL,
  * which memcpy does not take even for no bytes. */
@@ -83,6 +88,16 @@ static inline int64_t bnbq_max(int64_t a, int64_t b) {
 
 static inline int64_t bnbq_ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
+}
+
+/* Rows of a part: the last one may have fewer. */
+static inline int64_t bnbq_part_size(const bnbq_cut *cut, int64_t part) {
+    return bnbq_min(cut->part_rows, cut->m - part * cut->part_rows);
+}
+
+/* Columns of an int8 weight that share a scale. */
+static inline int64_t bnbq_block_of(const bnbq_weight8 *w) {
+    return w->blocksize ? w->blocksize : bnbq_max(w->k, 1);
 }
 
 #endif

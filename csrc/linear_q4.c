@@ -50,24 +50,20 @@ static void decode_span(const bnbq_weight4 *w, int64_t start, int64_t count, flo
 /* ---------------------------------------------------------------- forward */
 
 typedef struct forward {
-    bnbq_view x, y, bias;
-    bool has_bias;
+    bnbq_view x, y;
+    const bnbq_view *bias; /* NULL: none */
     const bnbq_weight4 *w;
     bnbq_dtype compute_dtype;
     const bnbq_q4_linear *linear; /* NULL: the flat path */
-    int64_t m0, m;                /* this pass: rows [m0, m0 + m) */
+    int64_t m0;                   /* the first row of this pass */
     bnbq_cut cut;
     char *packed; /* one packed form per part */
     size_t part_bytes;
 } forward;
 
-static int64_t part_size(const forward *op, int64_t part) {
-    return bnbq_min(op->cut.part_rows, op->m - part * op->cut.part_rows);
-}
-
 static bool pack_task(void *context, int64_t task) {
     const forward *op = context;
-    int64_t k = op->w->k, end = bnbq_min(op->m, (task + 1) * PACK_ROWS);
+    int64_t k = op->w->k, end = bnbq_min(op->cut.m, (task + 1) * PACK_ROWS);
     float *scratch = bnbq_scratch(BNBQ_SCRATCH_ROW, (size_t)k * sizeof(float));
     if (!scratch)
         return false;
@@ -76,22 +72,11 @@ static bool pack_task(void *context, int64_t task) {
         int64_t part = i / op->cut.part_rows, row = i % op->cut.part_rows;
         char *packed = op->packed + (size_t)part * op->part_bytes;
         if (op->linear)
-            op->linear->pack(x, row, part_size(op, part), k, packed);
+            op->linear->pack(x, row, bnbq_part_size(&op->cut, part), k, packed);
         else
             bnbq_copy_row((float *)packed + row * k, x, k);
     }
     return true;
-}
-
-/* The tile of y, f32[m, rows] with row stride BNBQ_TILE_N, gets its bias and goes to its place. */
-static void store_tile(const forward *op, float *tile, int64_t m0, int64_t m, int64_t n0,
-                       int64_t rows) {
-    float scratch[BNBQ_TILE_N];
-    const float *bias = op->has_bias ? bnbq_load(&op->bias, 0, n0, rows, scratch) : NULL;
-    for (int64_t i = 0; bias && i < m; i++)
-        for (int64_t j = 0; j < rows; j++)
-            tile[i * BNBQ_TILE_N + j] += bias[j];
-    bnbq_store_rows(&op->y, op->m0 + m0, m, n0, rows, tile, BNBQ_TILE_N);
 }
 
 static bool tile_task(void *context, int64_t task) {
@@ -99,7 +84,7 @@ static bool tile_task(void *context, int64_t task) {
     const bnbq_weight4 *w = op->w;
     /* The parts of one tile follow each other: they share its rows of W. */
     int64_t part = task % op->cut.parts, n0 = task / op->cut.parts * op->cut.tile_cols;
-    int64_t m = part_size(op, part), rows = bnbq_min(op->cut.tile_cols, w->n - n0);
+    int64_t m = bnbq_part_size(&op->cut, part), rows = bnbq_min(op->cut.tile_cols, w->n - n0);
     int64_t blocks = w->k / w->blocksize;
     float *tile = bnbq_scratch(BNBQ_SCRATCH_TILE, (size_t)(m * BNBQ_TILE_N) * sizeof(float));
     void *scratch = bnbq_scratch(BNBQ_SCRATCH_KERNEL, op->linear->scratch_bytes(m, w->k));
@@ -117,7 +102,7 @@ static bool tile_task(void *context, int64_t task) {
                               w->blocksize};
     op->linear->run(op->packed + (size_t)part * op->part_bytes, m, &tile_of_w, rows, tile,
                     BNBQ_TILE_N, scratch);
-    store_tile(op, tile, part * op->cut.part_rows, m, n0, rows);
+    bnbq_store_tile(&op->y, op->bias, op->m0 + part * op->cut.part_rows, m, n0, rows, tile);
     return true;
 }
 
@@ -139,7 +124,7 @@ static float dot(const float *x, const float *w, int64_t k) {
 static bool flat_tile_task(void *context, int64_t task) {
     const forward *op = context;
     int64_t part = task % op->cut.parts, n0 = task / op->cut.parts * op->cut.tile_cols;
-    int64_t m = part_size(op, part), rows = bnbq_min(op->cut.tile_cols, op->w->n - n0);
+    int64_t m = bnbq_part_size(&op->cut, part), rows = bnbq_min(op->cut.tile_cols, op->w->n - n0);
     int64_t k = op->w->k;
     float *tile = bnbq_scratch(BNBQ_SCRATCH_TILE, (size_t)(m * BNBQ_TILE_N) * sizeof(float));
     float *w = bnbq_scratch(BNBQ_SCRATCH_KERNEL, (size_t)(rows * k) * sizeof(float));
@@ -150,37 +135,36 @@ static bool flat_tile_task(void *context, int64_t task) {
     for (int64_t i = 0; i < m; i++)
         for (int64_t n = 0; n < rows; n++)
             tile[i * BNBQ_TILE_N + n] = dot(x + i * k, w + n * k, k);
-    store_tile(op, tile, part * op->cut.part_rows, m, n0, rows);
+    bnbq_store_tile(&op->y, op->bias, op->m0 + part * op->cut.part_rows, m, n0, rows, tile);
     return true;
 }
 
-static bool run_pass(forward *op) {
+static bool run_pass(forward *op, int64_t m) {
     int64_t k = op->w->k, n = op->w->n;
-    op->cut = op->linear ? bnbq_cut_pass(op->m, n, BNBQ_TILE_N, MIN_TILE_N)
-                         : bnbq_cut_pass(op->m, n, FLAT_ROWS, FLAT_ROWS);
+    op->cut = op->linear ? bnbq_cut_pass(m, n, BNBQ_TILE_N, MIN_TILE_N)
+                         : bnbq_cut_pass(m, n, FLAT_ROWS, FLAT_ROWS);
     size_t bytes = op->linear ? op->linear->packed_bytes(op->cut.part_rows, k)
                               : (size_t)(op->cut.part_rows * k) * sizeof(float);
     op->part_bytes = (bytes + 63) / 64 * 64;
     op->packed = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)op->cut.parts * op->part_bytes);
-    return op->packed &&
-           bnbq_run_tasks(pack_task, op, bnbq_ceil_div(op->m, PACK_ROWS), op->m * k) &&
+    return op->packed && bnbq_run_tasks(pack_task, op, bnbq_ceil_div(m, PACK_ROWS), m * k) &&
            bnbq_run_tasks(op->linear ? tile_task : flat_tile_task, op,
-                          op->cut.tiles * op->cut.parts, op->m * n * k);
+                          op->cut.tiles * op->cut.parts, m * n * k);
 }
 
 bnbq_status bnbq_linear_4bit(const bnbq_tensor *x, const bnbq_weight4 *w, const bnbq_tensor *bias,
                              bnbq_dtype compute_dtype, bool int8_activations,
                              const bnbq_tensor *y) {
-    forward op = {.x = bnbq_view_rows(x),
-                  .y = bnbq_view_rows(y),
-                  .w = w,
-                  .compute_dtype = compute_dtype,
-                  .has_bias = bias != NULL};
+    forward op = {
+        .x = bnbq_view_rows(x), .y = bnbq_view_rows(y), .w = w, .compute_dtype = compute_dtype};
+    bnbq_view bias_row;
     int64_t m = op.x.rows;
     if (m == 0 || w->n == 0)
         return BNBQ_OK;
-    if (bias)
-        op.bias = bnbq_view_rows(bias);
+    if (bias) {
+        bias_row = bnbq_view_rows(bias);
+        op.bias = &bias_row;
+    }
     if (rows_hold_whole_blocks(w) && w->k > 0 && int8_activations) {
         const bnbq_w4a8_kernels *kernels = bnbq_w4a8();
         op.linear = w->blocksize < 64 ? &kernels->blocks32 : &kernels->blocks64;
@@ -194,8 +178,7 @@ bnbq_status bnbq_linear_4bit(const bnbq_tensor *x, const bnbq_weight4 *w, const 
     }
     int64_t step = bnbq_pass_rows(m, w->k, BNBQ_PASS_ELEMENTS);
     for (op.m0 = 0; op.m0 < m; op.m0 += step) {
-        op.m = bnbq_min(step, m - op.m0);
-        if (!run_pass(&op))
+        if (!run_pass(&op, bnbq_min(step, m - op.m0)))
             return BNBQ_NO_MEMORY;
     }
     return BNBQ_OK;
@@ -210,7 +193,7 @@ typedef struct backward {
     const bnbq_q4_kernels *kernels;
     bool bf16;           /* by the kernel that rounds weights to bf16 */
     const float *absmax; /* f32 for all of W; NULL: the flat path */
-    int64_t m0, m;
+    int64_t m0;
     bnbq_cut cut;
     float *g; /* f32[m, n]; or in bf16, with row stride ldg: */
     const uint16_t *g_bf16;
@@ -219,7 +202,7 @@ typedef struct backward {
 
 static bool load_gradient_task(void *context, int64_t task) {
     const backward *op = context;
-    int64_t n = op->w->n, end = bnbq_min(op->m, (task + 1) * PACK_ROWS);
+    int64_t n = op->w->n, end = bnbq_min(op->cut.m, (task + 1) * PACK_ROWS);
     for (int64_t i = task * PACK_ROWS; i < end; i++) {
         float *row = op->g + i * n;
         const float *g = bnbq_load_rounded(&op->gy, op->m0 + i, op->compute_dtype, row);
@@ -230,10 +213,10 @@ static bool load_gradient_task(void *context, int64_t task) {
 
 static bool load_gradient(backward *op) {
     if (op->bf16)
-        return (op->g_bf16 = bnbq_bf16_rows(&op->gy, op->m0, op->m, &op->ldg)) != NULL;
-    op->g = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)(op->m * op->w->n) * sizeof(float));
-    return op->g && bnbq_run_tasks(load_gradient_task, op, bnbq_ceil_div(op->m, PACK_ROWS),
-                                   op->m * op->w->n);
+        return (op->g_bf16 = bnbq_bf16_rows(&op->gy, op->m0, op->cut.m, &op->ldg)) != NULL;
+    op->g = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)(op->cut.m * op->w->n) * sizeof(float));
+    return op->g && bnbq_run_tasks(load_gradient_task, op, bnbq_ceil_div(op->cut.m, PACK_ROWS),
+                                   op->cut.m * op->w->n);
 }
 
 /* gx = g . W[:, k0 .. k0 + cols) with n ascending, as the kernels do it. row: f32[cols]. */
@@ -252,7 +235,7 @@ static bool backward_task(void *context, int64_t task) {
     const backward *op = context;
     const bnbq_weight4 *w = op->w;
     int64_t part = task % op->cut.parts, k0 = task / op->cut.parts * op->cut.tile_cols;
-    int64_t m0 = part * op->cut.part_rows, m = bnbq_min(op->cut.part_rows, op->m - m0);
+    int64_t m0 = part * op->cut.part_rows, m = bnbq_part_size(&op->cut, part);
     int64_t cols = bnbq_min(op->cut.tile_cols, w->k - k0);
     float *tile = bnbq_scratch(BNBQ_SCRATCH_TILE, (size_t)(m * BNBQ_TILE_K) * sizeof(float));
     void *scratch = bnbq_scratch(BNBQ_SCRATCH_KERNEL, BNBQ_BACKWARD_SCRATCH);
@@ -314,10 +297,9 @@ bnbq_status bnbq_linear_4bit_backward(const bnbq_tensor *gy, const bnbq_weight4 
               !bnbq_batch_invariant();
     int64_t step = bnbq_pass_rows(m, w->n, BNBQ_PASS_ELEMENTS);
     for (op.m0 = 0; op.m0 < m; op.m0 += step) {
-        op.m = bnbq_min(step, m - op.m0);
-        op.cut = bnbq_cut_pass(op.m, w->k, BNBQ_TILE_K, MIN_TILE_K);
-        if (!load_gradient(&op) ||
-            !bnbq_run_tasks(backward_task, &op, op.cut.tiles * op.cut.parts, op.m * w->n * w->k))
+        op.cut = bnbq_cut_pass(bnbq_min(step, m - op.m0), w->k, BNBQ_TILE_K, MIN_TILE_K);
+        if (!load_gradient(&op) || !bnbq_run_tasks(backward_task, &op, op.cut.tiles * op.cut.parts,
+                                                   op.cut.m * w->n * w->k))
             return BNBQ_NO_MEMORY;
     }
     return BNBQ_OK;

@@ -1,6 +1,5 @@
-/* linear_s8.c - op front: LLM.int8(), y = x . W^T + bias and gx = gy . W for an int8 weight.
+/* linear_s8.c - op front: LLM.int8(), y = x . W^T + bias for an int8 weight.
  *
- * Forward:
  *   columns   which columns of x hold an outlier in any row; not batch-invariant
  * and then, for each pass over the rows of x (bnbq_cut in fronts.h):
  *   quantize  every row of x by its own absmax to int8, into the kernel's packed form
@@ -26,23 +25,15 @@ static const float inv127 = (float)(1.0 / 127);
 enum {
     PACK_ROWS = 8,      /* rows of activations per task */
     MIN_TILE_N = 32,    /* rows of W per tile, at least */
-    MIN_TILE_K = 256,   /* columns per backward tile: narrower strips of W visit more pages */
     STRETCH = 64,       /* elements of a row that are searched for outliers together */
     MANY_OUTLIERS = 16, /* one of so many columns: their product may be in bf16 */
 };
 
-/* Columns that share a scale. */
-static int64_t block_of(const bnbq_weight8 *w) {
-    return w->blocksize ? w->blocksize : bnbq_max(w->k, 1);
-}
-
 /* Columns of the span that starts at `start`. */
 static int64_t span_at(const bnbq_weight8 *w, int64_t start) {
-    int64_t block = block_of(w), end = bnbq_min(w->k, (start / block + 1) * block);
+    int64_t block = bnbq_block_of(w), end = bnbq_min(w->k, (start / block + 1) * block);
     return bnbq_min(end - start, BNBQ_MAX_K_S8);
 }
-
-/* ---------------------------------------------------------------- forward */
 
 /* The elements of x that stay float, row by row with ascending columns. `columns` lists those that
  * occur in any row, ascending; an element names its column by its place in that list. When whole
@@ -57,25 +48,21 @@ typedef struct outliers {
 } outliers;
 
 typedef struct forward {
-    bnbq_view x, y, bias;
-    bool has_bias;
+    bnbq_view x, y;
+    const bnbq_view *bias; /* NULL: none */
     const bnbq_weight8 *w;
     const bnbq_s8_kernels *kernels;
     float threshold;
     bool whole_columns; /* an outlier makes one of its column in every row */
     bool bf16;          /* and the kernel for many outlier columns of bf16 multiplies them */
     uint8_t *flags;     /* [k]: which columns those are */
-    int64_t m0, m;      /* this pass: rows [m0, m0 + m) */
+    int64_t m0;         /* the first row of this pass */
     bnbq_cut cut;
     char *packed; /* per part: one packed form per span */
     size_t part_bytes;
     float *x_scale; /* [m]: absmax / 127 of the rows */
     outliers out;
 } forward;
-
-static int64_t part_size(const forward *op, int64_t part) {
-    return bnbq_min(op->cut.part_rows, op->m - part * op->cut.part_rows);
-}
 
 static size_t span_bytes(const forward *op, int64_t m, int64_t columns) {
     return (op->kernels->packed_bytes(m, columns) + 63) / 64 * 64;
@@ -148,13 +135,14 @@ static void take_columns(const forward *op, int64_t i, float *x) {
 
 static bool quantize_task(void *context, int64_t task) {
     const forward *op = context;
-    int64_t k = op->w->k, end = bnbq_min(op->m, (task + 1) * PACK_ROWS);
+    int64_t k = op->w->k, end = bnbq_min(op->cut.m, (task + 1) * PACK_ROWS);
     float *scratch = bnbq_scratch(BNBQ_SCRATCH_ROW, (size_t)k * (sizeof(float) + 1));
     if (!scratch)
         return false;
     int8_t *q = (int8_t *)(scratch + k);
     for (int64_t i = task * PACK_ROWS; i < end; i++) {
-        int64_t part = i / op->cut.part_rows, row = i % op->cut.part_rows, m = part_size(op, part);
+        int64_t part = i / op->cut.part_rows, row = i % op->cut.part_rows,
+                m = bnbq_part_size(&op->cut, part);
         const float *x = bnbq_load(&op->x, op->m0 + i, 0, k, scratch);
         if (op->whole_columns) {
             bnbq_copy_row(scratch, x, k);
@@ -200,9 +188,9 @@ static bool collect_task(void *context, int64_t i) {
 static bool collect_outliers(forward *op) {
     outliers *out = &op->out;
     int64_t k = op->w->k;
-    for (int64_t i = 0; i < op->m; i++)
+    for (int64_t i = 0; i < op->cut.m; i++)
         out->first[i + 1] += out->first[i];
-    int64_t total = out->first[op->m];
+    int64_t total = out->first[op->cut.m];
     if (total == 0 || op->whole_columns)
         return true;
     int64_t *memory = bnbq_scratch(BNBQ_SCRATCH_EXTRA, (size_t)(2 * k + total) * sizeof(int64_t) +
@@ -214,7 +202,7 @@ static bool collect_outliers(forward *op) {
     out->count = 0;
     out->place = memory + 2 * k;
     out->value = (float *)(memory + 2 * k + total);
-    if (!bnbq_run_tasks(collect_task, op, op->m, op->m * k))
+    if (!bnbq_run_tasks(collect_task, op, op->cut.m, op->cut.m * k))
         return false;
     memset(place_of, 0, (size_t)k * sizeof *place_of);
     for (int64_t i = 0; i < total; i++)
@@ -235,7 +223,8 @@ static bool collect_outliers(forward *op) {
 static void multiply(const forward *op, int64_t part, int64_t n0, int64_t rows, float *y,
                      int32_t *ints, int64_t *longs, void *scratch) {
     const bnbq_weight8 *w = op->w;
-    int64_t m = part_size(op, part), block = block_of(w), blocks = bnbq_ceil_div(w->k, block);
+    int64_t m = bnbq_part_size(&op->cut, part), block = bnbq_block_of(w),
+            blocks = bnbq_ceil_div(w->k, block);
     const char *packed = op->packed + (size_t)part * op->part_bytes;
     const float *x_scale = op->x_scale + part * op->cut.part_rows;
     memset(y, 0, (size_t)(m * BNBQ_TILE_N) * sizeof *y);
@@ -274,8 +263,8 @@ static void multiply_outliers_f32(const forward *op, int64_t part, int64_t n0, i
                                   float *sums) {
     const outliers *out = &op->out;
     const bnbq_weight8 *w = op->w;
-    int64_t m0 = part * op->cut.part_rows, m = part_size(op, part);
-    int64_t block = block_of(w), blocks = bnbq_ceil_div(w->k, block);
+    int64_t m0 = part * op->cut.part_rows, m = bnbq_part_size(&op->cut, part);
+    int64_t block = bnbq_block_of(w), blocks = bnbq_ceil_div(w->k, block);
     const int64_t *first = out->first + m0;
     memset(sums, 0, (size_t)(m * BNBQ_TILE_N) * sizeof *sums);
     int64_t cursor[BNBQ_TILE_M];
@@ -314,14 +303,14 @@ static void add_outliers(const forward *op, int64_t part, int64_t n0, int64_t ro
                          float *sums, void *scratch) {
     const outliers *out = &op->out;
     const bnbq_weight8 *w = op->w;
-    int64_t m0 = part * op->cut.part_rows, m = part_size(op, part);
+    int64_t m0 = part * op->cut.part_rows, m = bnbq_part_size(&op->cut, part);
     const int64_t *first = out->first + m0;
     if (first[0] == first[m])
         return;
     if (op->bf16) {
-        const int64_t blocks = bnbq_ceil_div(w->k, block_of(w));
+        const int64_t blocks = bnbq_ceil_div(w->k, bnbq_block_of(w));
         const bnbq_s8_rows tile = {w->qweight + n0 * w->k, w->absmax + n0 * blocks, w->k,
-                                   block_of(w)};
+                                   bnbq_block_of(w)};
         op->kernels->multiply_outliers_bf16(out->value_bf16 + m0 * out->ldv, out->ldv, m, &tile,
                                             rows, out->columns, out->count, sums, scratch);
     } else {
@@ -335,9 +324,9 @@ static void add_outliers(const forward *op, int64_t part, int64_t n0, int64_t ro
 static bool tile_task(void *context, int64_t task) {
     const forward *op = context;
     int64_t part = task % op->cut.parts, n0 = task / op->cut.parts * op->cut.tile_cols;
-    int64_t m = part_size(op, part), rows = bnbq_min(op->cut.tile_cols, op->w->n - n0);
+    int64_t m = bnbq_part_size(&op->cut, part), rows = bnbq_min(op->cut.tile_cols, op->w->n - n0);
     int64_t k = op->w->k, size = m * BNBQ_TILE_N;
-    bool needs_longs = block_of(op->w) > BNBQ_MAX_K_S8;
+    bool needs_longs = bnbq_block_of(op->w) > BNBQ_MAX_K_S8;
     /* Of the longest span, and of the last one, which may be shorter. */
     size_t scratch_bytes = op->bf16 ? BNBQ_BACKWARD_SCRATCH : 0;
     for (int64_t start = 0; start < k; start += span_at(op->w, start)) {
@@ -351,37 +340,31 @@ static bool tile_task(void *context, int64_t task) {
     int32_t *ints = (int32_t *)(y + size);
     multiply(op, part, n0, rows, y, ints, (int64_t *)(y + 2 * size), scratch);
     add_outliers(op, part, n0, rows, y, (float *)ints, scratch);
-
-    float bias_scratch[BNBQ_TILE_N];
-    const float *bias = op->has_bias ? bnbq_load(&op->bias, 0, n0, rows, bias_scratch) : NULL;
-    for (int64_t i = 0; bias && i < m; i++)
-        for (int64_t j = 0; j < rows; j++)
-            y[i * BNBQ_TILE_N + j] += bias[j];
-    bnbq_store_rows(&op->y, op->m0 + part * op->cut.part_rows, m, n0, rows, y, BNBQ_TILE_N);
+    bnbq_store_tile(&op->y, op->bias, op->m0 + part * op->cut.part_rows, m, n0, rows, y);
     return true;
 }
 
-static bool run_pass(forward *op) {
+static bool run_pass(forward *op, int64_t m) {
     int64_t k = op->w->k, n = op->w->n;
-    op->cut = bnbq_cut_pass(op->m, n, BNBQ_TILE_N, MIN_TILE_N);
+    op->cut = bnbq_cut_pass(m, n, BNBQ_TILE_N, MIN_TILE_N);
     op->part_bytes = 0;
     for (int64_t start = 0; start < k; start += span_at(op->w, start))
         op->part_bytes += span_bytes(op, op->cut.part_rows, span_at(op->w, start));
     op->packed = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)op->cut.parts * op->part_bytes);
-    op->out.first = bnbq_scratch(BNBQ_SCRATCH_ABSMAX, (size_t)(op->m + 1) * sizeof(int64_t) +
-                                                          (size_t)op->m * sizeof(float));
+    op->out.first = bnbq_scratch(BNBQ_SCRATCH_ABSMAX,
+                                 (size_t)(m + 1) * sizeof(int64_t) + (size_t)m * sizeof(float));
     if (op->whole_columns) {
-        op->out.value = bnbq_scratch(BNBQ_SCRATCH_EXTRA, (size_t)(op->m * op->out.ldv) *
-                                                             (op->bf16 ? 2 : sizeof(float)));
+        op->out.value = bnbq_scratch(BNBQ_SCRATCH_EXTRA,
+                                     (size_t)(m * op->out.ldv) * (op->bf16 ? 2 : sizeof(float)));
         op->out.value_bf16 = (uint16_t *)op->out.value;
     }
     if (!op->packed || !op->out.first || (op->whole_columns && !op->out.value))
         return false;
     op->out.first[0] = 0;
-    op->x_scale = (float *)(op->out.first + op->m + 1);
-    return bnbq_run_tasks(quantize_task, op, bnbq_ceil_div(op->m, PACK_ROWS), op->m * k) &&
+    op->x_scale = (float *)(op->out.first + m + 1);
+    return bnbq_run_tasks(quantize_task, op, bnbq_ceil_div(m, PACK_ROWS), m * k) &&
            collect_outliers(op) &&
-           bnbq_run_tasks(tile_task, op, op->cut.tiles * op->cut.parts, op->m * n * k);
+           bnbq_run_tasks(tile_task, op, op->cut.tiles * op->cut.parts, m * n * k);
 }
 
 bnbq_status bnbq_linear_8bit(const bnbq_tensor *x, const bnbq_weight8 *w, const bnbq_tensor *bias,
@@ -390,134 +373,20 @@ bnbq_status bnbq_linear_8bit(const bnbq_tensor *x, const bnbq_weight8 *w, const 
                   .y = bnbq_view_rows(y),
                   .w = w,
                   .kernels = bnbq_s8(),
-                  .threshold = threshold > 0 ? threshold : INFINITY,
-                  .has_bias = bias != NULL};
+                  .threshold = threshold > 0 ? threshold : INFINITY};
+    bnbq_view bias_row;
     int64_t m = op.x.rows;
     if (m == 0 || w->n == 0)
         return BNBQ_OK;
-    if (bias)
-        op.bias = bnbq_view_rows(bias);
+    if (bias) {
+        bias_row = bnbq_view_rows(bias);
+        op.bias = &bias_row;
+    }
     if (threshold > 0 && !bnbq_batch_invariant() && !flag_columns(&op))
         return BNBQ_NO_MEMORY;
     int64_t step = bnbq_pass_rows(m, w->k, BNBQ_PASS_ELEMENTS);
     for (op.m0 = 0; op.m0 < m; op.m0 += step) {
-        op.m = bnbq_min(step, m - op.m0);
-        if (!run_pass(&op))
-            return BNBQ_NO_MEMORY;
-    }
-    return BNBQ_OK;
-}
-
-/* ---------------------------------------------------------------- backward */
-
-/* gx[m, c] = sum over n of (gy * (absmax / 127)) * q[n, c]: the scale goes to the gradient, once
- * per block of columns. With one scale per row of W that is once per pass, otherwise per tile. The
- * kernel for bf16 takes the gradient as it is and scales W, so that each is rounded no more often
- * than in the float layer. */
-typedef struct backward {
-    bnbq_view gy, gx;
-    const bnbq_weight8 *w;
-    const bnbq_s8_kernels *kernels;
-    int64_t m0, m;
-    bnbq_cut cut; /* of one block of columns */
-    int64_t blocks;
-    bool bf16;              /* by the kernel for it */
-    float *g;               /* f32[m, n]: gy, scaled already when there is one block; or in bf16, */
-    const uint16_t *g_bf16; /* with row stride ldg */
-    int64_t ldg;
-} backward;
-
-static void scale_gradient(const backward *op, const float *g, int64_t block, float *out) {
-    for (int64_t n = 0; n < op->w->n; n++)
-        out[n] = g[n] * (op->w->absmax[n * op->blocks + block] * inv127);
-}
-
-static bool load_gradient_task(void *context, int64_t task) {
-    const backward *op = context;
-    int64_t n = op->w->n, end = bnbq_min(op->m, (task + 1) * PACK_ROWS);
-    for (int64_t i = task * PACK_ROWS; i < end; i++) {
-        float *row = op->g + i * n;
-        const float *g = bnbq_load(&op->gy, op->m0 + i, 0, n, row);
-        if (op->blocks == 1)
-            scale_gradient(op, g, 0, row);
-        else
-            bnbq_copy_row(row, g, n);
-    }
-    return true;
-}
-
-static bool load_gradient(backward *op) {
-    if (op->bf16)
-        return (op->g_bf16 = bnbq_bf16_rows(&op->gy, op->m0, op->m, &op->ldg)) != NULL;
-    op->g = bnbq_scratch(BNBQ_SCRATCH_X, (size_t)(op->m * op->w->n) * sizeof(float));
-    return op->g && bnbq_run_tasks(load_gradient_task, op, bnbq_ceil_div(op->m, PACK_ROWS),
-                                   op->m * op->w->n);
-}
-
-/* gx[m, cols], row stride BNBQ_TILE_K, from row m0 of the pass and column k0 of `block`. */
-static bool multiply_f32(const backward *op, int64_t m0, int64_t m, int64_t block, int64_t k0,
-                         int64_t cols, float *gx, void *scratch) {
-    const bnbq_weight8 *w = op->w;
-    const float *g = op->g + m0 * w->n;
-    if (op->blocks > 1) {
-        float *scaled = bnbq_scratch(BNBQ_SCRATCH_ROW, (size_t)(m * w->n) * sizeof(float));
-        if (!scaled)
-            return false;
-        for (int64_t i = 0; i < m; i++)
-            scale_gradient(op, g + i * w->n, block, scaled + i * w->n);
-        g = scaled;
-    }
-    op->kernels->backward(g, w->n, m, w->qweight + k0, w->k, w->n, cols, gx, BNBQ_TILE_K, scratch);
-    return true;
-}
-
-static bool backward_task(void *context, int64_t task) {
-    const backward *op = context;
-    const bnbq_weight8 *w = op->w;
-    int64_t part = task % op->cut.parts, tile = task / op->cut.parts;
-    int64_t block = tile / op->cut.tiles, start = tile % op->cut.tiles * op->cut.tile_cols;
-    int64_t k0 = block * block_of(w) + start;
-    int64_t cols = bnbq_min(bnbq_min(op->cut.tile_cols, block_of(w) - start), w->k - k0);
-    int64_t m0 = part * op->cut.part_rows, m = bnbq_min(op->cut.part_rows, op->m - m0);
-    if (cols <= 0)
-        return true; /* the last block of a row may be short */
-    float *gx = bnbq_scratch(BNBQ_SCRATCH_TILE, (size_t)(m * BNBQ_TILE_K) * sizeof(float));
-    void *scratch = bnbq_scratch(BNBQ_SCRATCH_KERNEL, BNBQ_BACKWARD_SCRATCH);
-    if (!gx || !scratch)
-        return false;
-    if (w->n == 0)
-        memset(gx, 0, (size_t)(m * BNBQ_TILE_K) * sizeof *gx);
-    else if (op->bf16)
-        op->kernels->backward_bf16(op->g_bf16 + m0 * op->ldg, op->ldg, m, w->qweight + k0, w->k,
-                                   w->absmax + block, op->blocks, w->n, cols, gx, BNBQ_TILE_K,
-                                   scratch);
-    else if (!multiply_f32(op, m0, m, block, k0, cols, gx, scratch))
-        return false;
-    bnbq_store_rows(&op->gx, op->m0 + m0, m, k0, cols, gx, BNBQ_TILE_K);
-    return true;
-}
-
-bnbq_status bnbq_linear_8bit_backward(const bnbq_tensor *gy, const bnbq_weight8 *w,
-                                      const bnbq_tensor *gx) {
-    backward op = {.gy = bnbq_view_rows(gy),
-                   .gx = bnbq_view_rows(gx),
-                   .w = w,
-                   .kernels = bnbq_s8(),
-                   .blocks = bnbq_ceil_div(w->k, block_of(w))};
-    int64_t m = op.gx.rows;
-    if (m == 0 || w->k == 0)
-        return BNBQ_OK;
-    op.bf16 = w->n > 0 && op.gy.dtype == BNBQ_BF16 && op.kernels->backward_bf16 &&
-              !bnbq_batch_invariant();
-    /* Every worker holds a scaled copy of its part when there are blocks: keep it at 1 MB. */
-    int64_t most = op.blocks > 1 && !op.bf16 ? 1 << 18 : BNBQ_PASS_ELEMENTS;
-    int64_t step = bnbq_pass_rows(m, w->n, most);
-    for (op.m0 = 0; op.m0 < m; op.m0 += step) {
-        op.m = bnbq_min(step, m - op.m0);
-        op.cut = bnbq_cut_pass(op.m, bnbq_min(block_of(w), w->k), BNBQ_TILE_K, MIN_TILE_K);
-        if (!load_gradient(&op) ||
-            !bnbq_run_tasks(backward_task, &op, op.blocks * op.cut.tiles * op.cut.parts,
-                            op.m * w->n * w->k))
+        if (!run_pass(&op, bnbq_min(step, m - op.m0)))
             return BNBQ_NO_MEMORY;
     }
     return BNBQ_OK;
