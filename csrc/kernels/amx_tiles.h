@@ -251,6 +251,27 @@ static inline void amx_configure_block(int64_t rows0, int64_t rows1, int64_t wid
     amx_configure(&config);
 }
 
+/* The tiles Cab that are in use: of two panels of W (tall) or one, by two of x (wide) or one. */
+static inline void amx_zero_block(int wide, int tall) {
+    amx_zero(AMX_C00);
+    if (wide)
+        amx_zero(AMX_C01);
+    if (tall)
+        amx_zero(AMX_C10);
+    if (wide && tall)
+        amx_zero(AMX_C11);
+}
+
+static inline void amx_store_block(int wide, int tall, uint8_t *c) {
+    amx_store(AMX_C00, c, 64);
+    if (wide)
+        amx_store(AMX_C01, c + AMX_TILE_BYTES, 64);
+    if (tall)
+        amx_store(AMX_C10, c + 2 * AMX_TILE_BYTES, 64);
+    if (wide && tall)
+        amx_store(AMX_C11, c + 3 * AMX_TILE_BYTES, 64);
+}
+
 /* y[c * ldy + r] = tile[r][c] for r < rows, c < cols; 32-bit elements, 64 bytes per row of tile. */
 static inline void amx_store_transposed(const void *tile, int64_t rows, int64_t cols, void *y,
                                         int64_t ldy) {

@@ -199,16 +199,6 @@ static inline void multiply(int wide, int tall, const uint8_t *a, const uint8_t 
     }
 }
 
-static inline void zero_block(int wide, int tall) {
-    amx_zero(AMX_C00);
-    if (wide)
-        amx_zero(AMX_C01);
-    if (tall)
-        amx_zero(AMX_C10);
-    if (wide && tall)
-        amx_zero(AMX_C11);
-}
-
 static inline void load_block(int wide, int tall, const uint8_t *c) {
     amx_load(AMX_C00, c, 64);
     if (wide)
@@ -217,16 +207,6 @@ static inline void load_block(int wide, int tall, const uint8_t *c) {
         amx_load(AMX_C10, c + 2 * AMX_TILE_BYTES, 64);
     if (wide && tall)
         amx_load(AMX_C11, c + 3 * AMX_TILE_BYTES, 64);
-}
-
-static inline void store_block(int wide, int tall, uint8_t *c) {
-    amx_store(AMX_C00, c, 64);
-    if (wide)
-        amx_store(AMX_C01, c + AMX_TILE_BYTES, 64);
-    if (tall)
-        amx_store(AMX_C10, c + 2 * AMX_TILE_BYTES, 64);
-    if (wide && tall)
-        amx_store(AMX_C11, c + 3 * AMX_TILE_BYTES, 64);
 }
 
 /* y[m, rows of the panel]; the pairs of x panels share each decoded chunk. */
@@ -248,7 +228,7 @@ static void run_panel(const uint8_t *packed, int64_t m, decoder *d, float *y, in
             const uint8_t *b1 = wide ? b0 + bytes : b0;
             uint8_t *block = c + p * 4 * AMX_TILE_BYTES;
             if (g == 0)
-                zero_block(wide, tall);
+                amx_zero_block(wide, tall);
             else if (pairs > 1)
                 load_block(wide, tall, block);
             if (wide && tall)
@@ -260,7 +240,7 @@ static void run_panel(const uint8_t *packed, int64_t m, decoder *d, float *y, in
             else
                 multiply(0, 0, a, b0, b1, width, steps, d, share);
             if (pairs > 1 || d->groups <= 0)
-                store_block(wide, tall, block);
+                amx_store_block(wide, tall, block);
         }
     }
     for (int64_t i = 0; i < panels; i++)

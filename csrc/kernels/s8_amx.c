@@ -87,26 +87,14 @@ static inline void add_step(int wide, int tall, const void *a, int64_t lda, cons
 /* One block of C to four tiles of memory. */
 static inline void multiply(int wide, int tall, const w_panel *p, const uint8_t *b0,
                             const uint8_t *b1, int64_t width, uint8_t *c) {
-    amx_zero(AMX_C00);
-    if (wide)
-        amx_zero(AMX_C01);
-    if (tall)
-        amx_zero(AMX_C10);
-    if (wide && tall)
-        amx_zero(AMX_C11);
+    amx_zero_block(wide, tall);
     for (int64_t s = 0; s < p->whole; s++)
         add_step(wide, tall, p->w + s * STEP, p->ldw, b0 + s * AMX_PANEL * width,
                  b1 + s * AMX_PANEL * width, width);
     if (p->whole < p->steps)
         add_step(wide, tall, p->tail, STEP, b0 + p->whole * AMX_PANEL * width,
                  b1 + p->whole * AMX_PANEL * width, width);
-    amx_store(AMX_C00, c, 64);
-    if (wide)
-        amx_store(AMX_C01, c + AMX_TILE_BYTES, 64);
-    if (tall)
-        amx_store(AMX_C10, c + 2 * AMX_TILE_BYTES, 64);
-    if (wide && tall)
-        amx_store(AMX_C11, c + 3 * AMX_TILE_BYTES, 64);
+    amx_store_block(wide, tall, c);
 }
 
 static size_t scratch_bytes_s8_amx(int64_t m, int64_t k) {
