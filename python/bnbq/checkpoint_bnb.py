@@ -43,10 +43,22 @@ SMALL_BYTES = 1300
 """About what the codebooks and the quant_state of a layer take."""
 
 
-def bnb4_names(quant_type: str, double_quant: bool) -> list[str]:
-    """Names of the tensors that `bnb4_from_native` makes."""
-    nested = ["weight.nested_absmax", "weight.nested_quant_map"] if double_quant else []
-    return ["weight", "weight.absmax", "weight.quant_map", *nested, QUANT_STATE + quant_type]
+def bnb_names(format: dict) -> list[str]:
+    """Names of the tensors that `bnb_from_native` makes of a layer with that ``format()``."""
+    if "quant_type" not in format:
+        return list(BNB8_KEYS)
+    nested = ["weight.nested_absmax", "weight.nested_quant_map"] if format["double_quant"] else []
+    return ["weight", "weight.absmax", "weight.quant_map", *nested, QUANT_STATE + format["quant_type"]]
+
+
+def bnb_from_native(tensors: dict, format: dict, *, shape: tuple, dtype: torch.dtype, layer: str) -> dict:
+    """bnbq's tensors of a layer with that ``format()``, 4 bits or 8 -> bitsandbytes'; see the two below."""
+    blocksize, quant_type = format["blocksize"], format.get("quant_type")
+    if quant_type is None:
+        return bnb8_from_native(tensors, blocksize=blocksize, layer=layer)
+    return bnb4_from_native(
+        tensors, quant_type=quant_type, blocksize=blocksize, shape=shape, dtype=dtype, layer=layer
+    )
 
 
 def read_quant_state(blob: torch.Tensor, layer: str = "layer", matrix: bool = True) -> dict:

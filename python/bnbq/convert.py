@@ -246,12 +246,7 @@ class Conversion:
             branch = [leaf for leaf in layer.entries if layer.native and leaf not in native]
             job.outputs = [f"{layer.prefix}.{leaf}" for leaf in (*native, *branch)]
         else:
-            leaves = (
-                checkpoint_bnb.bnb4_names(layer.module.quant_type, layer.module.double_quant)
-                if hasattr(layer.module, "quant_type")
-                else checkpoint_bnb.BNB8_KEYS
-            )
-            job.outputs = [f"{layer.prefix}.{leaf}" for leaf in leaves]
+            job.outputs = [f"{layer.prefix}.{leaf}" for leaf in checkpoint_bnb.bnb_names(layer.module.format())]
             job.size += checkpoint_bnb.SMALL_BYTES
         return job
 
@@ -271,7 +266,9 @@ class Conversion:
         if self.float_dtype is not None:
             return {job.outputs[0]: self.dense(layer, tensors)}, ()
         if self.to == "bitsandbytes":
-            tensors = self.for_bitsandbytes(layer.module, packed, layer.name, dtype)
+            tensors = checkpoint_bnb.bnb_from_native(
+                packed, layer.module.format(), shape=layer.module.weight_shape, dtype=dtype, layer=layer.name
+            )
         return {f"{layer.prefix}.{leaf}": value for leaf, value in tensors.items()}, tuple(packed.values())
 
     def read(self, layer: Layer) -> tuple[dict, torch.dtype]:
@@ -296,19 +293,6 @@ class Conversion:
         full = {f"{layer.name}.{leaf}": tensor for leaf, tensor in tensors.items()}
         checkpoint.verify_checksums(full, self.checksums, self.source.folder)
         return tensors, dtype
-
-    @staticmethod
-    def for_bitsandbytes(module, packed: dict, name: str, dtype: torch.dtype) -> dict:
-        if not hasattr(module, "quant_type"):
-            return checkpoint_bnb.bnb8_from_native(packed, layer=name)
-        return checkpoint_bnb.bnb4_from_native(
-            packed,
-            quant_type=module.quant_type,
-            blocksize=module.blocksize,
-            shape=module.weight_shape,
-            dtype=dtype,
-            layer=name,
-        )
 
     def dense(self, layer: Layer, tensors: dict) -> torch.Tensor:
         """The weight as the float model stores it."""

@@ -382,9 +382,7 @@ def stored_parts(config: BnbqConfig) -> list[str]:
     """Names of the tensors that a weight becomes in the file."""
     if config.checkpoint_format == "bnbq":
         return native_parts(config)
-    if config.bits == 8:
-        return list(checkpoint_bnb.BNB8_KEYS)
-    return checkpoint_bnb.bnb4_names(config.quant_type, config.double_quant)
+    return checkpoint_bnb.bnb_names(config.embedding_settings())
 
 
 def float_parts(module) -> list[str]:
@@ -476,17 +474,8 @@ def convert(job: Job, source: shards.Source, config: BnbqConfig, dtype: torch.dt
     native = {part: value for part, value in native.items() if value is not None}
     named = native
     if config.checkpoint_format == "bitsandbytes":
-        named = (
-            checkpoint_bnb.bnb8_from_native(native, blocksize=config.blocksize, layer=job.module)
-            if config.bits == 8
-            else checkpoint_bnb.bnb4_from_native(
-                native,
-                quant_type=config.quant_type,
-                blocksize=config.blocksize,
-                shape=job.shape,
-                dtype=dtype,
-                layer=job.module,
-            )
+        named = checkpoint_bnb.bnb_from_native(
+            native, config.embedding_settings(), shape=job.shape, dtype=dtype, layer=job.module
         )
     if f"{job.prefix}.{LIKE}" in job.outputs:
         named = {**named, LIKE: torch.zeros(1, dtype=dtype)}

@@ -26,8 +26,7 @@ from ..checkpoint import PACKED_NAMES, describe
 from ..checkpoint_bnb import (
     BNB4_KEYS,
     BNB8_KEYS,
-    bnb4_from_native,
-    bnb8_from_native,
+    bnb_from_native,
     native_from_bnb4,
     native_from_bnb8,
 )
@@ -237,17 +236,8 @@ class WriteBitsandbytes(Converter):
         for leaf, parameter in layer.named_parameters(recurse=False):
             if leaf in PACKED_NAMES and leaf not in tensors:
                 tensors[leaf] = stored(model, f"{name}.{leaf}", parameter)
-        parts = (
-            bnb8_from_native(tensors, blocksize=layer.blocksize, layer=name)
-            if not hasattr(layer, "quant_type")
-            else bnb4_from_native(
-                tensors,
-                quant_type=layer.quant_type,
-                blocksize=layer.blocksize,
-                dtype=layer.weight_dtype,
-                shape=layer.weight_shape,
-                layer=name,
-            )
+        parts = bnb_from_native(
+            tensors, layer.format(), shape=layer.weight_shape, dtype=layer.weight_dtype, layer=name
         )
         return {f"{name}.{key}": tensor for key, tensor in parts.items()}
 
