@@ -12,10 +12,19 @@ import os
 import re
 import signal
 import sys
+from importlib import import_module
 
 from .errors import UserError
 
 FORMATS = ("nf4", "fp4", "int4", "int8")
+# The module whose main() a command is.
+MAIN_OF = {
+    "demo": "demo",
+    "quantize": "stream",
+    "convert": "convert",
+    "report": "checkpoint_report",
+    "doctor": "doctor",
+}
 CONVERT_TARGETS = ("bnbq", "bitsandbytes", "bf16", "fp16", "fp32")
 SIZES = {
     "": 1,
@@ -50,6 +59,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def add_folders(p: argparse.ArgumentParser, source: str) -> None:
+    """What a command that writes a checkpoint takes."""
+    p.add_argument("src", metavar="SRC", help=f"directory of {source}")
+    p.add_argument("dst", metavar="DST", help="directory to make")
+    p.add_argument("--max-shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="default 5GB")
+    p.add_argument("--force", action="store_true", help="replace a checkpoint that is in DST")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,8 +115,7 @@ def parser() -> argparse.ArgumentParser:
         description="Read the safetensors checkpoint SRC and write a quantised one to DST, which "
         "from_pretrained loads after `import bnbq`. Needs memory for the largest layer only.",
     )
-    p.add_argument("src", metavar="SRC", help="directory of a Transformers model")
-    p.add_argument("dst", metavar="DST", help="directory to make")
+    add_folders(p, "a Transformers model")
     p.add_argument("--format", choices=FORMATS, default="nf4", help="default nf4")
     p.add_argument(
         "--blocksize", type=int, metavar="N", help="weights that share a scale (default 64; int8: 0, a whole row)"
@@ -111,8 +127,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip", nargs="+", metavar="NAME", help="modules to leave alone, besides the default ones")
     p.add_argument("--compute-dtype", choices=("float32", "bfloat16", "float16"), help="default: the input's dtype")
     p.add_argument("--checkpoint-format", choices=("bnbq", "bitsandbytes"), default="bnbq", help="layout of the files")
-    p.add_argument("--max-shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="default 5GB")
-    p.add_argument("--force", action="store_true", help="replace a checkpoint that is in DST")
 
     p = commands.add_parser(
         "convert",
@@ -120,8 +134,7 @@ def parser() -> argparse.ArgumentParser:
         description="Read the quantised checkpoint SRC, bnbq's or bitsandbytes', and write it to DST in bnbq's or "
         "bitsandbytes' format, the bits unchanged, or dequantised. Needs memory for the largest layer only.",
     )
-    p.add_argument("src", metavar="SRC", help="directory of a quantised Transformers model")
-    p.add_argument("dst", metavar="DST", help="directory to make")
+    add_folders(p, "a quantised Transformers model")
     p.add_argument(
         "--to",
         required=True,
@@ -129,8 +142,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="FORMAT",
         help=f"one of {', '.join(CONVERT_TARGETS)}",
     )
-    p.add_argument("--max-shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="default 5GB")
-    p.add_argument("--force", action="store_true", help="replace a checkpoint that is in DST")
 
     p = commands.add_parser(
         "report",
@@ -160,20 +171,10 @@ def run(arguments) -> int:
         except PackageNotFoundError:
             print("bnbq (not installed as a package)")
         return 0
-    if arguments.command == "demo":
-        from .demo import main
-    elif arguments.command == "quantize":
-        from .stream import main
-    elif arguments.command == "convert":
-        from .convert import main
-    elif arguments.command == "report":
-        from .checkpoint_report import main
-    elif arguments.command == "doctor":
-        from .doctor import main
-    else:
+    if arguments.command is None:
         parser().print_help()
         return 2
-    return main(arguments)
+    return import_module(f"bnbq.{MAIN_OF[arguments.command]}").main(arguments)
 
 
 def interrupted(*_):
