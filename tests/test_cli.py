@@ -4,14 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from bnbq import _bnbq, cli, doctor
-
-ROOT = Path(cli.__file__).parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+from processes import ENVIRONMENT
 
 
 def bnbq(*arguments, **environment):

@@ -2,9 +2,7 @@
 
 import json
 import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import bnbq  # noqa: E402
 import moe_models  # noqa: E402
+import processes  # noqa: E402
 import small_models  # noqa: E402
 from bnbq import checkpoint, cli, convert, shards, stream  # noqa: E402
 from bnbq.config import BnbqConfig  # noqa: E402
@@ -364,31 +363,11 @@ def test_command(root, tmp_path, capsys):
         cli.main(arguments[:-2])
 
 
-def environment():
-    """The environment for a subprocess that must find this bnbq."""
-    path = os.pathsep.join([os.path.dirname(os.path.dirname(bnbq.__file__)), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path}
-
-
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupt_leaves_nothing(root, tmp_path, name):
-    script = textwrap.dedent(f"""
-        import os, signal, sys
-        from bnbq import cli, convert
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-        make = convert.Conversion.convert
-        def slow(self, job):
-            if job.module and "layers.1" in job.module:
-                os.kill(os.getpid(), signal.{name})
-            return make(self, job)
-        convert.Conversion.convert = slow
-        sys.exit(cli.main(["convert", {str(root / "nf4")!r}, {str(tmp_path / "out")!r}, "--to", "bitsandbytes"]))
-    """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
-    assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr.strip().splitlines()[-1] == "bnbq: interrupted"
-    assert list(tmp_path.iterdir()) == []
+    arguments = ["convert", root / "nf4", tmp_path / "out", "--to", "bitsandbytes"]
+    processes.assert_interrupt_leaves_nothing(tmp_path, name, "bnbq.convert.Conversion.convert", arguments)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
@@ -399,30 +378,12 @@ def test_memory_stays_at_the_largest_layer(tmp_path):
     stream.quantize_checkpoint(tmp_path / "float", tmp_path / "large")
     small_models.llama(tmp_path / "warm-up", tokenizer=False)
     stream.quantize_checkpoint(tmp_path / "warm-up", tmp_path / "small")
-    script = textwrap.dedent(f"""
-        import threading, time
-        from pathlib import Path
-        from bnbq.convert import convert_checkpoint
-        def anonymous():
-            text = open("/proc/self/status").read()
-            return int(text[text.index("RssAnon:") + 8:].split()[0]) * 1024
-        folder = Path({str(tmp_path)!r})
-        convert_checkpoint(folder / "small", folder / "warm", "bf16")  # imports, thread pools
-        base, peak, done = anonymous(), 0, threading.Event()
-        def watch():
-            global peak
-            while not done.wait(0.002):
-                peak = max(peak, anonymous())
-        thread = threading.Thread(target=watch)
-        thread.start()
-        summary = convert_checkpoint(folder / "large", folder / "out", "bf16")
-        done.set()
-        thread.join()
-        print(peak - base, summary.bytes_after)
-    """)
-    settings = {**environment(), "MALLOC_MMAP_THRESHOLD_": "1000000"}  # else glibc keeps what was freed for a while
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=settings)
-    assert done.returncode == 0, done.stderr
-    grown, total = map(int, done.stdout.split())
+    large, small = str(tmp_path / "large"), str(tmp_path / "small")
+    grown, total = processes.memory_growth(
+        "from bnbq.convert import convert_checkpoint",
+        f"convert_checkpoint({small!r}, {small + '-out'!r}, 'bf16')",
+        f"summary = convert_checkpoint({large!r}, {large + '-out'!r}, 'bf16')",
+        "summary.bytes_after",
+    )
     assert total > 67e6
     assert grown < 2 * 1024 * 4096 * 4, f"{grown / 1e6:.1f} MB"

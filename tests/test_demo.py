@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -16,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 import small_models  # noqa: E402
 from bnbq import cli, demo, evaluate, fetch  # noqa: E402
 from bnbq.errors import UserError  # noqa: E402
+from processes import ENVIRONMENT  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +30,13 @@ def text(tmp_path):
     return path
 
 
+def command(model, text, windows=2, length=32, tokens=6):
+    sizes = ["--windows", str(windows), "--length", str(length), "--new-tokens", str(tokens)]
+    return ["demo", "--model", str(model), "--text", str(text), *sizes]
+
+
 def run(model, text, *arguments):
-    return cli.main(
-        [
-            "demo",
-            "--model",
-            str(model),
-            "--text",
-            str(text),
-            "--windows",
-            "2",
-            "--length",
-            "32",
-            "--new-tokens",
-            "6",
-            *arguments,
-        ]
-    )
+    return cli.main([*command(model, text), *arguments])
 
 
 def test_demo(model, text, tmp_path, capsys):
@@ -94,32 +84,9 @@ def test_demo_is_deterministic(model, text, tmp_path, capsys):
 
 
 def test_demo_in_a_pipe_is_quiet(model, text):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(demo.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
-    }
+    arguments = [*command(model, text, windows=1, length=16, tokens=2), "--format", "nf4"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "bnbq",
-            "demo",
-            "--model",
-            str(model),
-            "--text",
-            str(text),
-            "--windows",
-            "1",
-            "--length",
-            "16",
-            "--new-tokens",
-            "2",
-            "--format",
-            "nf4",
-        ],
-        capture_output=True,
-        text=True,
-        env=environment,
+        [sys.executable, "-m", "bnbq", *arguments], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout and "\r" not in done.stdout

@@ -1,9 +1,6 @@
 """Mixtures of experts of Transformers: quantised while they load or live, saved, streamed, offloaded, in every layout."""
 
-import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -13,6 +10,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import bnbq  # noqa: E402
+import processes  # noqa: E402
 from bnbq import nn  # noqa: E402
 from bnbq.experts import Experts4bit, Experts8bit, find  # noqa: E402
 from hf import AUTO, IDS, assert_same, file_tensors, logits, quantized  # noqa: E402
@@ -372,27 +370,6 @@ def test_streamed_on_the_command_line(layout, tmp_path):
         assert (row["error"] is not None) == (whole and len(row["shape"]) == 3)
 
 
-LOADING = """
-    import sys, threading, torch, transformers, bnbq
-    def anonymous():
-        return sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
-    bnbq.BnbqConfig, transformers.Qwen3MoeForCausalLM
-    bnbq.from_pretrained(transformers.AutoModelForCausalLM, sys.argv[2], load_in_4bit=True)  # a tiny one: imports
-    base, peak, done = anonymous(), 0, threading.Event()
-    def watch():
-        global peak
-        while not done.is_set():
-            peak = max(peak, anonymous())
-            done.wait(0.001)
-    thread = threading.Thread(target=watch)
-    thread.start()
-    model = bnbq.from_pretrained(transformers.AutoModelForCausalLM, sys.argv[1], load_in_4bit=True)
-    done.set()
-    thread.join()
-    print(peak - base, bnbq.get_memory_footprint(model))
-"""
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_holds_no_dense_model(tmp_path, mixtral):
     """At most the packed model and the tensors of one expert weight: single, stacked and joined."""
@@ -408,10 +385,12 @@ def test_loading_holds_no_dense_model(tmp_path, mixtral):
     AUTO.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     dense = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     largest = 16 * 1024 * 256 * 2
-    run = [sys.executable, "-c", textwrap.dedent(LOADING), tmp_path, mixtral[0]]
-    exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back, so that holes do not count
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=exact)
-    assert done.returncode == 0, done.stderr
-    peak, packed = map(int, done.stdout.split())
+    load = "model = bnbq.from_pretrained(transformers.AutoModelForCausalLM, {!r}, load_in_4bit=True)"
+    peak, packed = processes.memory_growth(
+        "import transformers, bnbq",
+        load.format(str(mixtral[0])),
+        load.format(str(tmp_path)),
+        "bnbq.get_memory_footprint(model)",
+    )
     assert packed < 0.32 * dense and 13 * largest < dense
     assert peak < packed + 3 * largest + (4 << 20), (peak, packed, largest, dense)

@@ -2,10 +2,7 @@
 
 import json
 import os
-import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -16,6 +13,7 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import bnbq  # noqa: E402
+import processes  # noqa: E402
 import small_models  # noqa: E402
 from bnbq import checkpoint, shards, stream  # noqa: E402
 from bnbq.config import BnbqConfig  # noqa: E402
@@ -387,30 +385,8 @@ def test_failure_with_force_keeps_the_old_checkpoint(source, tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupt_leaves_nothing(source, tmp_path, name):
     """The signal arrives while a shard is being written."""
-    script = textwrap.dedent(f"""
-        import os, signal, sys
-        from bnbq import cli, stream
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-        convert = stream.convert
-        def slow(job, *rest):
-            if job.module and "layers.1" in job.module:
-                os.kill(os.getpid(), signal.{name})
-            return convert(job, *rest)
-        stream.convert = slow
-        sys.exit(cli.main(["quantize", {str(source)!r}, {str(tmp_path / "out")!r}]))
-    """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
-    assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr.strip().splitlines()[-1] == "bnbq: interrupted"
-    assert list(tmp_path.iterdir()) == []
-
-
-def environment():
-    """The environment for a subprocess that must find this bnbq."""
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(bnbq.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
-    }
+    arguments = ["quantize", source, tmp_path / "out"]
+    processes.assert_interrupt_leaves_nothing(tmp_path, name, "bnbq.stream.convert", arguments)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
@@ -426,30 +402,13 @@ def test_memory_stays_at_the_largest_layer(tmp_path):
         tokenizer=False,
     )
     small_models.llama(tmp_path / "warm-up", tokenizer=False)
-    script = textwrap.dedent(f"""
-        import threading, time
-        from pathlib import Path
-        from bnbq import stream
-        def anonymous():
-            text = open("/proc/self/status").read()
-            return int(text[text.index("RssAnon:") + 8:].split()[0]) * 1024
-        folder = Path({str(tmp_path)!r})
-        stream.quantize_checkpoint(folder / "warm-up", folder / "warm")  # imports, thread pools
-        base, peak, done = anonymous(), 0, threading.Event()
-        def watch():
-            global peak
-            while not done.wait(0.002):
-                peak = max(peak, anonymous())
-        thread = threading.Thread(target=watch)
-        thread.start()
-        summary = stream.quantize_checkpoint(folder / "float", folder / "out")
-        done.set()
-        thread.join()
-        print(peak - base, summary.bytes_before)
-    """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    grown, total = map(int, done.stdout.split())
+    large, small = str(tmp_path / "float"), str(tmp_path / "warm-up")
+    grown, total = processes.memory_growth(
+        "from bnbq.stream import quantize_checkpoint",
+        f"quantize_checkpoint({small!r}, {small + '-out'!r})",
+        f"summary = quantize_checkpoint({large!r}, {large + '-out'!r})",
+        "summary.bytes_before",
+    )
     assert total > 130e6
     assert grown < 2 * 2048 * 4096 * 4, f"{grown / 1e6:.1f} MB"
 
