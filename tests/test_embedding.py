@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 import bnbq  # noqa: E402
 from bnbq import nn, ops  # noqa: E402
 from bnbq.config import BnbqConfig  # noqa: E402
-from bnbq.replace import select  # noqa: E402
+from bnbq.selection import select  # noqa: E402
 
 N = 700  # with 8 blocks a row: scales of rows cross the blocks of 256 of double quantisation
 

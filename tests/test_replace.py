@@ -12,7 +12,8 @@ from torch import nn as torch_nn
 
 from bnbq import nn
 from bnbq.config import BnbqConfig
-from bnbq.replace import Facts, make_layer, matches, quantize_model, select, select_modules
+from bnbq.replace import make_layer, quantize_model
+from bnbq.selection import Facts, matches, select, select_modules
 
 
 @pytest.fixture(autouse=True)

@@ -142,10 +142,10 @@ def read_layers(src: Path, model, settings: dict, source: shards.Source):
     """(the quantiser that has put unfilled quantised layers into ``model``, names of the linear layers left)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    from . import replace
     from .integrations.transformers import BnbqConfig, BnbqQuantizer
+    from .selection import is_linear
 
-    linears = {name for name, module in model.named_modules() if replace.is_linear(module)}
+    linears = {name for name, module in model.named_modules() if is_linear(module)}
     try:
         quantizer = BnbqQuantizer(BnbqConfig.from_dict(settings), pre_quantized=True)
         files = [str(source.folder / file) for file in source.files]

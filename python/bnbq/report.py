@@ -278,7 +278,7 @@ def find_kept(model: torch_nn.Module) -> dict[str, str]:
     if not any(isinstance(module, PackedModule) for module in model.modules()):
         return {}
     from .config import BnbqConfig
-    from .replace import select
+    from .selection import select
 
     config = getattr(model, "bnbq_config", None) or getattr(getattr(model, "config", None), "quantization_config", None)
     return select(model, config if isinstance(config, BnbqConfig) else None, strict=False).kept

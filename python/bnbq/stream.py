@@ -271,7 +271,7 @@ class Names:
 
 def plan(model, source: shards.Source, config: BnbqConfig):
     """(jobs in the files' order, names of the layers that stay float)."""
-    from .replace import select, tied_names
+    from .selection import select, tied_names
 
     selection = select(model, config)
     selected, names, files = selection.modules, Names(model), source.locate()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .. import _bnbq, placement, replace
+from .. import _bnbq, placement, replace, selection
 from ..checkpoint import PACKED_NAMES, describe, opened
 from ..nn import QuantizedEmbedding, is_conv1d
 from ..packed import PackedModule
@@ -68,7 +68,7 @@ def load_and_quantize(
         raise ValueError(
             f"load_and_quantize: {on_meta[0]} is on the meta device and there is no weights_location to load it from"
         )
-    config = replace.resolve_config(config)
+    config = selection.resolve_config(config)
     files = checkpoint_files(Path(weights_location))
     transposed, aliases = swap_layers(model, config, *stored_packed(files))
     device_map = default_device_map(device_map)
@@ -116,8 +116,8 @@ def swap_layers(model, config, packed: set, branches: dict) -> tuple[dict, dict]
     Returns (name -> must the float weight be transposed first, name of a Parameter -> all that are tied to it).
     """
     transposed, aliases = {}, {}
-    chosen = replace.select_modules(model, config)
-    tied = replace.tied_names(model, chosen)
+    chosen = selection.select_modules(model, config)
+    tied = selection.tied_names(model, chosen)
     stored = {tied.get(name, name) for name in packed}
     for name, module in chosen.items():
         if packed and tied.get(name, name) not in stored:

@@ -125,13 +125,13 @@ class BnbqQuantizer(HfQuantizer):
     # ------------------------------------------------------------------ before the weights
 
     def _process_model_before_weight_loading(self, model, device_map=None, checkpoint_files=None, **kwargs):
-        from .. import replace
+        from .. import selection
         from .stored import pickled_settings
 
         refuse_split(model)
         self.prefix = getattr(model, "base_model_prefix", "") or ""
         self.checkpoint_files = [str(f) for f in checkpoint_files or [] if str(f).endswith(".safetensors")]
-        self.rules = set(replace.select_modules(model, self.quantization_config, strict=not self.pre_quantized))
+        self.rules = set(selection.select_modules(model, self.quantization_config, strict=not self.pre_quantized))
         # Of a quantised checkpoint the files decide; how their names map to the model's is known a step later.
         if not (self.pre_quantized and self.checkpoint_files):
             if self.pre_quantized:
@@ -146,15 +146,15 @@ class BnbqQuantizer(HfQuantizer):
 
     def plan_from_files(self, model, conversions) -> None:
         """Quantised layers where the files have them, in the format that the files have."""
-        from .. import replace
+        from .. import selection
         from .stored import StoredCheckpoint
 
         layers = {
             name: module
             for name, module in model.named_modules()
-            if replace.is_linear(module) or isinstance(module, torch.nn.Embedding)
+            if selection.is_linear(module) or isinstance(module, torch.nn.Embedding)
         }
-        tied = replace.tied_names(model, layers)
+        tied = selection.tied_names(model, layers)
         self.stored = StoredCheckpoint(self.checkpoint_files, file_renaming(model, conversions))
         self.stored.check_strangers(model)
         chosen = self.stored.choose({**layers, **experts.find(model)}, self.rules - tied.keys())
@@ -200,9 +200,9 @@ class BnbqQuantizer(HfQuantizer):
 
     def swap(self, model, configs: dict) -> None:
         """Put unfilled quantised layers where the float layers of these names are."""
-        from .. import replace
+        from .. import replace, selection
 
-        self.tied = replace.tied_names(model, configs)
+        self.tied = selection.tied_names(model, configs)
         layers = {}
         for name, config in configs.items():
             module = experts.float_part(model, name)
@@ -385,12 +385,12 @@ class BnbqQuantizer(HfQuantizer):
         """bitsandbytes drops its default skips once modules are named, so what it must skip is written out in full."""
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        from .. import replace
+        from .. import selection
 
         linears = [
             name
             for name, module in model.named_modules()
-            if replace.is_linear(module)
+            if selection.is_linear(module)
         ]
         default = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         if {name for name in linears if should_convert_module(name, default)} != self.names:
