@@ -120,7 +120,7 @@ def weights(base: torch.nn.Module, tuners: dict, source) -> Callable[[str], torc
                 f"init_loftq: the base was loaded from {source!r}, which is no directory here; give the directory of "
                 "the float model, or the model, as source"
             )
-    from .integrations.transformers import original_kinds
+    from .integrations.float_layers import original_kinds
 
     kinds = original_kinds(base, {name: tuner.base_layer for name, tuner in tuners.items()})
     files, names = shards.Source(source), stream.Names(base)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoint import PACKED_NAMES, describe
 from ..checkpoint_bnb import (
@@ -310,3 +310,31 @@ def packed_parameters(layer, name: str, tensors: dict) -> dict:
             raise ValueError(f"{name}.{leaf} is {describe(tensor)}; the layer wants {describe(wanted[leaf])}")
         result[f"{name}.{leaf}"] = torch.nn.Parameter(tensor.view(wanted[leaf].shape), requires_grad=False)
     return result
+
+
+def reverts(entry, names) -> bool:
+    """Would saving run one of these parameters through the reverse of this conversion? A mere new name is fine, unless
+    it reads like one of bitsandbytes' (``weight.absmax``)."""
+    try:
+        reverse = entry.reverse_transform()
+    except NotImplementedError:
+        return False
+    renamed = [reverse.rename_source_key(name) for name in names]
+    if isinstance(entry, WeightConverter):
+        return any(pattern is not None for _, pattern in renamed)
+    return any(name.rpartition(".")[0].endswith(".weight") for name, _ in renamed)
+
+
+def file_renaming(model, conversions):
+    """Name of a float parameter in a file -> its name in ``model``, by Transformers' renamings and prefix rule."""
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    known = model.state_dict()
+
+    def rename(key: str) -> str:
+        used = [entry._was_used for entry in renamings]  # asking is not using: what was used is undone when saving
+        name = rename_source_key(key, renamings, [], model.base_model_prefix, known)[0]
+        for entry, before in zip(renamings, used, strict=True):
+            entry._was_used = before
+        return key if name not in known and key in known else name
+
+    return rename

@@ -9,15 +9,12 @@ the layers there are quantised like all others.
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
-from transformers.utils.hub import PushToHubMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import checkpoint, experts, nn, placement
@@ -26,6 +23,8 @@ from ..checkpoint import PACKED_NAMES
 from ..matrix import PackedMatrix
 from ..packed import PackedModule, protect_scales
 from ..side_branch import SideBranch
+from .float_layers import float_layer, original_kinds
+from .model_card import UploadWithCard, card_beside_the_files
 from .order import put_floats_first
 from .parallel import parameters_may_be_cast
 from .ties import name_ties, untie_rest
@@ -147,6 +146,7 @@ class BnbqQuantizer(HfQuantizer):
     def plan_from_files(self, model, conversions) -> None:
         """Quantised layers where the files have them, in the format that the files have."""
         from .. import selection
+        from .conversions import file_renaming
         from .stored import StoredCheckpoint
 
         layers = {
@@ -359,7 +359,7 @@ class BnbqQuantizer(HfQuantizer):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import PrefixChange
 
-        from .conversions import Converter, ReadBitsandbytes, WrappedConverter
+        from .conversions import Converter, ReadBitsandbytes, WrappedConverter, reverts
 
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is None:  # not from from_pretrained: what Transformers would take when it saves
@@ -475,111 +475,6 @@ def check_one_format(model, config) -> None:
                     f"{name} is {module.describe()}, but the model's settings say {config.describe()}; bnbq's format "
                     'describes all layers at once: save with checkpoint_format="bitsandbytes", or bnbq.save the model'
                 )
-
-
-def original_kinds(model, layers: dict) -> dict:
-    """Name -> class of the float layer that was there: remembered from loading, else looked up in an empty model."""
-    kinds = {name: getattr(layer, "source_cls", None) for name, layer in layers.items()}
-    if None in kinds.values():
-        with torch.device("meta"):
-            empty = type(model)(model.config)
-        for name in [name for name, kind in kinds.items() if kind is None]:
-            kinds[name] = type(empty.get_submodule(name))
-    return kinds
-
-
-def float_layer(layer, dtype: torch.dtype | None = None, kind: type | None = torch.nn.Linear, weight=None):
-    """The float layer that a quantised one stands for, of the class that was there, or the Parameter of experts. Hooks
-    move along.
-
-    ``weight`` [out_features, in_features] takes the place of a linear layer's own.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(layer, experts.QuantizedExperts):
-        return torch.nn.Parameter(layer.dequantize(dtype))
-    if isinstance(layer, nn.QuantizedEmbedding):
-        new = layer.to_embedding(dtype)
-    else:
-        weight = layer.dequantize(dtype) if weight is None else weight
-        with torch.device("meta"):
-            if issubclass(kind, Conv1D):
-                new, weight = Conv1D(layer.out_features, layer.in_features), weight.t().contiguous()
-            else:
-                new = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        new.weight = torch.nn.Parameter(weight)
-        new.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias.detach().to(weight.dtype))
-        new.train(layer.training)
-    hook = getattr(layer, "_hf_hook", None)
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(layer)
-        add_hook_to_module(new, hook)
-    return new
-
-
-def reverts(entry, names) -> bool:
-    """Would saving run one of these parameters through the reverse of this conversion? A mere new name is fine, unless
-    it reads like one of bitsandbytes' (``weight.absmax``)."""
-    from transformers.core_model_loading import WeightConverter
-
-    try:
-        reverse = entry.reverse_transform()
-    except NotImplementedError:
-        return False
-    renamed = [reverse.rename_source_key(name) for name in names]
-    if isinstance(entry, WeightConverter):
-        return any(pattern is not None for _, pattern in renamed)
-    return any(name.rpartition(".")[0].endswith(".weight") for name, _ in renamed)
-
-
-def file_renaming(model, conversions):
-    """Name of a float parameter in a file -> its name in ``model``, by Transformers' renamings and prefix rule."""
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    known = model.state_dict()
-
-    def rename(key: str) -> str:
-        used = [entry._was_used for entry in renamings]  # asking is not using: what was used is undone when saving
-        name = rename_source_key(key, renamings, [], model.base_model_prefix, known)[0]
-        for entry, before in zip(renamings, used, strict=True):
-            entry._was_used = before
-        return key if name not in known and key in known else name
-
-    return rename
-
-
-# ------------------------------------------------------------------ the model card
-
-
-class UploadWithCard:
-    """Stands for a model's ``_upload_modified_files``: the card that Transformers has just written gets the line
-    that says `import bnbq`. An attribute of the models that we load; no class of Transformers is changed."""
-
-    def __call__(self, working_dir, repo_id, files_timestamps, commit_message=None, **kwargs):
-        checkpoint.write_model_card(working_dir)
-        return PushToHubMixin._upload_modified_files(
-            self, working_dir, repo_id, files_timestamps, commit_message=commit_message or "Upload model", **kwargs
-        )
-
-
-def card_beside_the_files(frame) -> None:
-    """Give a directory that `save_pretrained` is writing a README.md, unless it has one.
-
-    Transformers tells a quantiser everything about saving but where to: the directory is read from the frame of
-    ``save_pretrained``, which called. Another caller, or a later Transformers, simply gets no file.
-    """
-    if frame.f_code.co_name != "save_pretrained" or not frame.f_locals.get("is_main_process", True):
-        return
-    directory = frame.f_locals.get("save_directory")
-    if (
-        isinstance(directory, (str, os.PathLike))
-        and os.path.isdir(directory)
-        and not (Path(directory) / "README.md").exists()
-    ):
-        checkpoint.write_model_card(directory)
 
 
 # ------------------------------------------------------------------ models quantised in memory
