@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from bnbq.reference import BLOCKSIZES  # noqa: F401
+
 FORMATS = ("nf4", "fp4", "int4")
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # (m, n, k): every tail of every kernel's tile sizes, and nothing that takes long in scalar code.
 SMALL_SHAPES = (
@@ -12,15 +13,6 @@ SMALL_SHAPES = (
 )
 # k % 64 != 0: blocks cross rows, rows may start in the middle of a byte.
 FLAT_SHAPES = ((1, 1, 1), (2, 3, 5), (3, 7, 33), (4, 5, 63), (2, 9, 65), (5, 4, 100), (3, 33, 127), (1, 2, 1), (6, 1, 96))
-# A first decoder layer of real models: what the benchmarks time.
-MODEL_SHAPES = {
-    "llama-8b attention": (4096, 4096),
-    "llama-8b up": (14336, 4096),
-    "llama-8b down": (4096, 14336),
-    "smollm2 up": (1536, 576),
-    "smollm2 down": (576, 1536),
-    "smollm2 head": (49152, 576),
-}
 
 
 def weight(n: int, k: int, seed: int = 0) -> np.ndarray:

@@ -34,8 +34,6 @@ BF16 = [*VNNI, "-mavx512bf16"]
 AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 SCALAR = {"edge_scalar": [], "q4_scalar": [], "s8_scalar": [], "w4a8_scalar": []}
 BORROWED = {"q4_avx512": AVX512, "s8_avx512vnni": VNNI}  # by the tables of BF16 and AMX
-DOTPROD = ["-march=armv8.2-a+dotprod"]
-I8MM = ["-march=armv8.2-a+dotprod+i8mm"]
 
 pytestmark = pytest.mark.skipif(not KERNELS.is_dir(), reason="no sources here (an installed package)")
 

@@ -207,12 +207,6 @@ def linear_4bit(x, qweight, absmax, n: int, bias=None, quant_type: str = "nf4", 
     return y if bias is None else y + bias.astype(np.float64)
 
 
-def linear_4bit_backward(gy, qweight, absmax, k: int, quant_type: str = "nf4", blocksize: int = 64) -> np.ndarray:
-    """Gradient to the input, gy[m, n] . W[n, k], in float64."""
-    w = dequantize_4bit(qweight, absmax, (gy.shape[-1], k), quant_type, blocksize)
-    return gy.astype(np.float64) @ w.astype(np.float64)
-
-
 def codebook_int8(quant_type: str):
     """The codebook in int8 at the largest scale that fits, and the step: i8[16], f32 value of one.
 
@@ -326,8 +320,3 @@ def linear_8bit(x, q, absmax, bias=None, threshold: float = 6.0, blocksize: int 
             columns = np.flatnonzero(mask[i])
             y[i] += (x[i, columns].astype(np.float64) @ w[:, columns].T).astype(np.float32)
     return y if bias is None else y + np.asarray(bias, np.float32)
-
-
-def linear_8bit_backward(gy, q, absmax, blocksize: int = 0) -> np.ndarray:
-    """Gradient to the input through the dequantised weight (straight through), in float64."""
-    return gy.astype(np.float64) @ dequantize_8bit(q, absmax, blocksize).astype(np.float64)
