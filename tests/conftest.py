@@ -45,3 +45,11 @@ def one_thread():
         sys.modules["transformers"].utils.logging.disable_progress_bar()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The directory of the float model that adapters.py quantises."""
+    import adapters
+
+    return adapters.make_source(tmp_path_factory)

@@ -10,6 +10,14 @@ from bnbq import nn
 AUTO = transformers.AutoModelForCausalLM
 IDS = torch.arange(1, 11)[None]
 QUANTIZED = (nn.Linear4bit, nn.Linear8bitLt)
+SPLIT = {  # a device map for small_models.llama
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "disk",
+    "model.layers.1": "cpu",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
 
 
 def quantized(path, settings, **kwargs):

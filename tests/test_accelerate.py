@@ -16,18 +16,9 @@ import bnbq  # noqa: E402
 import small_models  # noqa: E402
 from bnbq import nn  # noqa: E402
 from bnbq.integrations.accelerate import load_and_quantize  # noqa: E402
+from hf import AUTO, IDS, SPLIT, logits  # noqa: E402
 
-AUTO = transformers.AutoModelForCausalLM
-IDS = torch.arange(1, 11)[None]
 SETTINGS = {"4bit": dict(bits=4), "4bit-dq": dict(bits=4, double_quant=True), "8bit": dict(bits=8)}
-SPLIT = {
-    "model.embed_tokens": "cpu",
-    "model.layers.0": "disk",
-    "model.layers.1": "cpu",
-    "model.norm": "cpu",
-    "model.rotary_emb": "cpu",
-    "lm_head": "disk",
-}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,11 +36,6 @@ def config(request):
 
 def quantized(source, config):
     return AUTO.from_pretrained(source, quantization_config=config)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def empty(source):

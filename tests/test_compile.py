@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from adapters import IDS, SETTINGS, base_model, lora, make_source, shake
+from adapters import IDS, SETTINGS, base_model, lora, shake
 from bnbq import nn
 
 LAYERS = {
@@ -65,11 +65,6 @@ def test_an_exported_layer_runs_for_any_number_of_rows(layer, tmp_path):
     for m in (1, 4, 31):
         x = torch.randn(m, 192)
         assert torch.equal(again.module()(x), layer(x))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory)
 
 
 @pytest.mark.slow

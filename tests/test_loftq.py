@@ -8,16 +8,11 @@ peft = pytest.importorskip("peft")
 
 import bnbq  # noqa: E402
 import small_models  # noqa: E402
-from adapters import AUTO, SETTINGS, assert_packed, base_model, logits, lora, make_source, packed  # noqa: E402, F401
+from adapters import AUTO, SETTINGS, assert_packed, base_model, logits, lora, packed  # noqa: E402, F401
 from bnbq import shards  # noqa: E402
 from bnbq.errors import UserError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

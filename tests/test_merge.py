@@ -17,7 +17,6 @@ from adapters import (  # noqa: E402, F401
     base_model,
     logits,
     lora,
-    make_source,
     packed,
     quantized_layers,
     shake,
@@ -27,11 +26,6 @@ from bnbq.scale_search import requantize  # noqa: E402
 from bnbq.side_branch import SideBranch, attach  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory)
 
 
 def adapted(source, name="4bit", size=0.2, **settings):

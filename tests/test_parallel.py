@@ -8,7 +8,7 @@ import torch
 from torch import distributed
 
 import bnbq
-from adapters import LAYERS, SETTINGS, base_model, lora, make_source, packed, shake
+from adapters import LAYERS, SETTINGS, base_model, lora, packed, shake
 from bnbq import nn
 from bnbq.checkpoint import PACKED_NAMES
 
@@ -94,11 +94,6 @@ def mixed_precision(source, ids):
         state = {n: tensor for n, tensor in model.state_dict().items() if n.rpartition(".")[2] in PACKED_NAMES}
         found[name, "protected"] = {n: whole(tensor) for n, tensor in state.items()}, moved
     return found
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -18,18 +18,12 @@ from adapters import (  # noqa: E402, F401
     float_twin,
     logits,
     lora,
-    make_source,
     packed,
     shake,
 )
 from bnbq.report import count_parameters, print_trainable_parameters  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -16,7 +16,6 @@ from adapters import (  # noqa: E402, F401
     base_model,
     logits,
     lora,
-    make_source,
     packed,
 )
 from small_models import byte_tokenizer  # noqa: E402
@@ -24,11 +23,6 @@ from small_models import byte_tokenizer  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory)
 
 
 def text_like(rows=8):

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft")
 
-from adapters import IDS, base_model, float_twin, make_source, quantized_layers  # noqa: E402, F401
+from adapters import IDS, base_model, float_twin, quantized_layers  # noqa: E402, F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,11 +35,6 @@ TUNERS = {
 }
 STARTS_IN_THE_BASE = {"olora", "pissa"}
 """Their initialisation moves a part of the weight into the adapter and requantises the rest."""
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory)
 
 
 def adapted(source, kind, bits):

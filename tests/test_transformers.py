@@ -17,7 +17,7 @@ from safetensors.torch import save_file  # noqa: E402
 import bnbq  # noqa: E402
 import small_models  # noqa: E402
 from bnbq import nn  # noqa: E402
-from hf import AUTO, IDS, assert_same, compared, file_tensors, layers, logits, quantized  # noqa: E402
+from hf import AUTO, IDS, SPLIT, assert_same, compared, file_tensors, layers, logits, quantized  # noqa: E402
 
 SETTINGS = {
     "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
@@ -111,14 +111,7 @@ DEVICE_MAPS = {
     "cpu": "cpu",
     "dict": {"": "cpu"},
     "disk": {"": "disk"},
-    "split": {
-        "model.embed_tokens": "cpu",
-        "model.layers.0": "disk",
-        "model.layers.1": "cpu",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "disk",
-    },
+    "split": SPLIT,
 }
 
 

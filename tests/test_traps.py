@@ -18,18 +18,12 @@ from adapters import (  # noqa: E402, F401
     assert_packed,
     base_model,
     logits,
-    make_source,
     packed,
     quantized_layers,
 )
 from bnbq.integrations.transformers import BnbqQuantizer  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.parametrize("name", SETTINGS)]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return make_source(tmp_path_factory)
 
 
 class Tower(transformers.PreTrainedModel):
