@@ -217,6 +217,22 @@ def test_load_and_quantize_reads_what_there_is(source, tmp_path, config):
     assert torch.equal(logits(in_memory), logits(wanted))
 
 
+def test_load_and_quantize_takes_the_names_of_published_files(tmp_path):
+    """GPT-2's lack the prefix that its language model has, and BERT's have old names of its norms' weights."""
+    for make, auto in ((small_models.gpt2, AUTO), (small_models.bert, transformers.AutoModelForMaskedLM)):
+        folder = make(tmp_path / make.__name__)
+        wanted = auto.from_pretrained(folder, quantization_config=bnbq.BnbqConfig())
+        tensors = {
+            name.removeprefix("transformer.").replace("LayerNorm.weight", "LayerNorm.gamma"): tensor
+            for name, tensor in load_file(folder / "model.safetensors").items()
+        }
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        with accelerate.init_empty_weights():
+            fresh = auto.from_config(transformers.AutoConfig.from_pretrained(folder)).eval()
+        model = load_and_quantize(fresh, bnbq.BnbqConfig(), folder)
+        assert torch.equal(logits(model), logits(wanted)), make.__name__
+
+
 def test_load_and_quantize_any_module(tmp_path):
     """Not a Transformers model; a BitsAndBytesConfig; tied weights are the module's own business."""
     dense = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))

@@ -86,6 +86,7 @@ def test_new_heads_stay_float_and_are_initialised(tmp_path):
 
 def test_renamed_and_fused_checkpoints(tmp_path):
     """A model whose checkpoints fuse projections and rename layers: packed, saved, and float tensors are not lost."""
+    accelerate = pytest.importorskip("accelerate")
     config = transformers.AutoConfig.for_model(
         "hrm_text",
         hidden_size=64,
@@ -122,6 +123,10 @@ def test_renamed_and_fused_checkpoints(tmp_path):
         assert_same(again, model)
         again.save_pretrained(tmp_path / "again")
         assert_same(bnbq.from_pretrained(AUTO, tmp_path / "again"), model)
+        for folder in ("float", "packed")[: 1 if "checkpoint_format" in settings else 2]:
+            with accelerate.init_empty_weights():
+                empty = AUTO.from_config(config).eval()
+            assert_same(bnbq.load_and_quantize(empty, bnbq.BnbqConfig(**settings), tmp_path / folder), model)
 
 
 def test_renamed_keys_of_layers_that_stay_float(llama, tmp_path):

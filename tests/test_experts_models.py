@@ -335,25 +335,57 @@ def test_saved_and_loaded_without_transformers(layout, tmp_path):
         bnbq.load(again, tmp_path)
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_loaded_and_dispatched_by_accelerate(place, tmp_path):
-    """load_and_quantize, from a file whose names are the model's; gpt-oss stores its experts whole."""
+def empty(folder):
     accelerate = pytest.importorskip("accelerate")
-    folder, _ = build("gpt_oss", tmp_path / "float")
-    model = quantized(folder, {"bits": 4})
     with accelerate.init_empty_weights():
-        empty = AUTO.from_config(transformers.AutoConfig.from_pretrained(folder))
-    loaded = bnbq.load_and_quantize(
-        empty.eval(), bnbq.BnbqConfig(), folder, device_map={"": place}, offload_folder=tmp_path / "offload"
-    )
+        return AUTO.from_config(transformers.AutoConfig.from_pretrained(folder)).eval()
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_loaded_and_dispatched_by_accelerate(layout, settings, tmp_path):
+    """load_and_quantize stacks as from_pretrained does, also what several files hold, and reads what either saved."""
+    folder, dense = layout
+    config, model = bnbq.BnbqConfig(**settings), quantized(folder, settings)
+    loaded = bnbq.load_and_quantize(empty(folder), config, folder)
+    assert_same(loaded, model)
     assert torch.equal(logits(loaded), logits(model))
+    dense.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 5
+    split = {"model": "disk", "lm_head": "cpu"}
+    for place in ({"": "cpu"}, {"": "disk"}, split):
+        loaded = bnbq.load_and_quantize(
+            empty(folder), config, tmp_path / "shards", device_map=place, offload_folder=tmp_path / "offload"
+        )
+        assert all(packed.qweight.is_meta == (place != {"": "cpu"}) for packed in packed_experts(loaded).values())
+        assert torch.equal(logits(loaded), logits(model))
+    model.save_pretrained(tmp_path / "packed")
+    assert_same(bnbq.load_and_quantize(empty(folder), config, tmp_path / "packed"), model)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda t, name: t.pop(name), "gate_up_proj, made of .*experts.0.w1.weight and 6 others"),
+        (lambda t, name: [t.pop(n) for n in list(t) if "layers.1" in n and ".w2." in n], "not in .*mlp.experts.down_proj"),
+        (lambda t, name: t[name][5, 3].fill_(float("nan")), r"gate_up_proj: expert 2: .* at index \(133, 3\)"),
+        (lambda t, name: t.update({name: t[name][:5].clone()}), "gate_up_proj, made of"),
+        (lambda t, name: [t.pop(n) for n in list(t) if "layers.1" in n and ".experts.3." in n], r"gate_up_proj.*\[3, 256, 64\]"),
+    ],
+)
+def test_accelerates_way_refuses_damaged_experts(mixtral, tmp_path, damage, message):
+    folder, _ = mixtral
+    tensors = file_tensors(folder)
+    damage(tensors, "model.layers.1.block_sparse_moe.experts.2.w3.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        bnbq.load_and_quantize(empty(folder), bnbq.BnbqConfig(), tmp_path)
 
 
 def test_streamed_on_the_command_line(layout, tmp_path):
     """bnbq quantize writes what from_pretrained and save_pretrained write, names included; bnbq report lists it."""
     from bnbq import checkpoint_report, stream
 
-    folder, _ = layout
+    folder, dense = layout
     settings = {"bits": 4, "double_quant": True}
     summary = stream.quantize_checkpoint(folder, tmp_path / "out", bnbq.BnbqConfig(**settings), progress=False)
     model = quantized(folder, settings)
@@ -362,16 +394,21 @@ def test_streamed_on_the_command_line(layout, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     ours, theirs = file_tensors(tmp_path / "out"), file_tensors(tmp_path / "saved")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    dense.save_pretrained(tmp_path / "shards", max_shard_size="30KB")  # an expert weight's tensors in several files
+    stream.quantize_checkpoint(tmp_path / "shards", tmp_path / "whole", bnbq.BnbqConfig(**settings), progress=False)
+    whole = file_tensors(tmp_path / "whole")
+    assert whole.keys() == ours.keys() and all(torch.equal(whole[name], tensor) for name, tensor in ours.items())
     facts = checkpoint_report.examine(tmp_path / "out", folder)
     rows = {row["name"]: row for row in facts["layers"] if ".experts." in row["name"]}
     assert len(rows) == summary.experts and checkpoint_report.describe(facts)
     for name, row in rows.items():
-        whole = name in file_tensors(folder)
-        assert (row["error"] is not None) == (whole and len(row["shape"]) == 3)
+        in_one_piece = name in file_tensors(folder)
+        assert (row["error"] is not None) == (in_one_piece and len(row["shape"]) == 3)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_loading_holds_no_dense_model(tmp_path, mixtral):
+@pytest.mark.parametrize("how", ["from_pretrained", "load_and_quantize"])
+def test_loading_holds_no_dense_model(tmp_path, mixtral, how):
     """At most the packed model and the tensors of one expert weight: single, stacked and joined."""
     config = transformers.Qwen3MoeConfig(
         **{**SMALL, "hidden_size": 256, "num_hidden_layers": 10},
@@ -385,9 +422,13 @@ def test_loading_holds_no_dense_model(tmp_path, mixtral):
     AUTO.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     dense = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     largest = 16 * 1024 * 256 * 2
-    load = "model = bnbq.from_pretrained(transformers.AutoModelForCausalLM, {!r}, load_in_4bit=True)"
+    empty = "accelerate.init_empty_weights()(auto.from_config)(transformers.AutoConfig.from_pretrained({0!r}))"
+    load = {
+        "from_pretrained": "model = bnbq.from_pretrained(auto, {0!r}, load_in_4bit=True)",
+        "load_and_quantize": f"model = bnbq.load_and_quantize({empty}, bnbq.BnbqConfig(), {{0!r}})",
+    }[how]
     peak, packed = processes.memory_growth(
-        "import transformers, bnbq",
+        "import accelerate, transformers, bnbq; auto = transformers.AutoModelForCausalLM",
         load.format(str(mixtral[0])),
         load.format(str(tmp_path)),
         "bnbq.get_memory_footprint(model)",

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import nn, shards, stream
+from . import nn, shards
+from .integrations.names import Names
 from .state import describe
 
 OVERSAMPLE, POWER_ITERATIONS = 8, 4
@@ -123,7 +124,7 @@ def weights(base: torch.nn.Module, tuners: dict, source) -> Callable[[str], torc
     from .integrations.float_layers import original_kinds
 
     kinds = original_kinds(base, {name: tuner.base_layer for name, tuner in tuners.items()})
-    files, names = shards.Source(source), stream.Names(base)
+    files, names = shards.Source(source), Names(base)
     known = {f"{name}.weight": True for name in tuners}
     found = {}
     for key, file in files.locate().items():

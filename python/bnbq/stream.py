@@ -8,7 +8,6 @@ by one rename when everything is written and synced; anything that fails before 
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import sys
@@ -21,6 +20,7 @@ from . import checkpoint, checkpoint_bnb, experts, ops, shards
 from .config import COMPUTE_DTYPES, BnbqConfig
 from .errors import UserError
 from .folders import check_places, copy_side_files, staging
+from .integrations.names import Names
 from .nn import is_conv1d
 from .state import LIKE
 
@@ -220,53 +220,6 @@ def meta_model(src: Path, source_config: dict, source: shards.Source):
     with torch.device("meta"):
         model = model_class._from_config(config) if hasattr(model_class, "_from_config") else model_class(config)
     return model, dtype
-
-
-class Names:
-    """Which parameter of the model a tensor of the file becomes: Transformers' own rules where it has them."""
-
-    def __init__(self, model):
-        self.model, self.prefix = model, getattr(model, "base_model_prefix", "") or None
-        self.known = dict.fromkeys(model.state_dict(), True)
-        self.rename = None
-        try:
-            from transformers import core_model_loading as loading
-            from transformers.conversion_mapping import get_model_conversion_mapping
-
-            rules = get_model_conversion_mapping(model)
-            self.renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
-            self.converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
-            self.rename = loading.rename_source_key
-        except ImportError:  # Transformers 4 renames by prefix only
-            self.renamings = self.converters = []
-
-    def find(self, key: str, known: dict | None = None) -> tuple[str, str | None]:
-        """(name of the parameter, the pattern of the conversion between file and parameter if there is one)."""
-        known = known or self.known
-        if self.rename is not None:
-            name, pattern = self.rename(key, self.renamings, self.converters, self.prefix, known)
-            if name in known or key not in known:
-                return name, pattern
-        if key in known or not self.prefix:
-            return key, None
-        stripped = key.removeprefix(f"{self.prefix}.")
-        return (stripped if stripped in known else f"{self.prefix}.{key}"), None
-
-    def file_name(self, name: str, key: str) -> str:
-        """What a new tensor ``name`` is called in a file where ``key`` belongs to the same module."""
-        for renaming in reversed(self.renamings):
-            if renaming.rename_source_key(key)[1] is not None:
-                name = renaming.reverse_transform().rename_source_key(name)[0]
-        return name
-
-    def stack(self, name: str, pattern: str, tensors: list):
-        """What the converter that has this source pattern makes of ``tensors``, (pattern, tensor) in the files' order,
-        for the parameter ``name``."""
-        converter = next(rule for rule in self.converters if pattern in rule.source_patterns)
-        converter = copy.deepcopy(converter)
-        for source, tensor in tensors:
-            converter.add_tensor(name, name, source, tensor)
-        return converter.convert(name, model=self.model, config=self.model.config)
 
 
 def plan(model, source: shards.Source, config: BnbqConfig):
@@ -484,25 +437,25 @@ def convert(job: Job, source: shards.Source, config: BnbqConfig, dtype: torch.dt
 
 def pack_experts(job: Job, source: shards.Source, config: BnbqConfig, dtype: torch.dtype) -> dict:
     """The packed tensors of an expert weight by part. Its float tensors are in memory together, and stacked."""
-    from transformers.core_model_loading import dot_natural_key
-
-    weight, parts = job.stack.weight, sorted(job.stack.parts, key=lambda part: dot_natural_key(part[0]))
+    weight, parts = job.stack.weight, job.stack.parts
     where = f"{source.folder}: {parts[0][0]!r}{f' and {len(parts) - 1} others' if len(parts) > 1 else ''}"
     for key, file, _ in parts:
         if source.dtypes[key] not in FLOAT_NAMES:
             raise UserError(f"{source.folder / file}: {key!r} has dtype {source.dtypes[key]}, a float dtype is wanted")
-    tensors = [(pattern, source.tensor(file, key).to(dtype)) for key, file, pattern in parts]
+
+    def reader(key, file):
+        return lambda: source.tensor(file, key).to(dtype)
+
     try:
-        if parts[0][2] is not None:
-            made = job.stack.names.stack(job.module, parts[0][2], tensors)
-            if list(made) != [job.module]:
-                raise UserError(f"{where} become {', '.join(made)} when loaded, which cannot be streamed")
-            tensors = [(None, value[0] if isinstance(value, list) else value) for value in made.values()]
+        made = job.stack.names.convert(job.module, [(key, pattern, reader(key, file)) for key, file, pattern in parts])
+        if list(made) != [job.module]:
+            raise ValueError(f"they become {', '.join(made)} when loaded, which cannot be streamed")
+        dense = made[job.module]
         layer = experts.layer_class(config.bits).from_weight(
             weight.weight.to("meta"), weight.transposed, **config.layer_settings()
         )
-        layer._check_dense(tensors[0][1])
-        return layer.packed(tensors[0][1])
+        layer._check_dense(dense)
+        return layer.packed(dense)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{where}: {error}") from error
 

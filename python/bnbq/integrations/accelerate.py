@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from ..nn import QuantizedEmbedding, is_conv1d
 from ..packed import PackedModule
 from ..side_branch import PARTS, attach_empty
 from ..state import LIKE
+from .names import Names
+from .stored import NATIVE
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -44,15 +47,17 @@ def load_and_quantize(
         model: built under ``accelerate.init_empty_weights()``, or with its weights in memory.
         config: BnbqConfig, BitsAndBytesConfig or None (nf4).
         weights_location: a safetensors (or .bin) file, an index.json, or a directory with either. Holds float
-            weights, or what a bnbq layer's ``state_dict`` has. Not needed for a model in memory.
+            weights, or what a bnbq layer's ``state_dict`` has. What Transformers renames, stacks (experts that a file
+            has one by one), splits or joins when it loads a model is so here. Not needed for a model in memory.
         device_map: None is the CPU, or the current GPU if there is one; a strategy ("auto" ...), or devices by
             module name.
         no_split_module_classes, max_memory: for a strategy, as in Accelerate.
         offload_folder: where the tensors of "disk" go.
         offload_state_dict: accepted, without effect: one tensor is in memory at a time.
 
-    Returns the model. Never holds more than the packed model and two tensors. Raises ValueError that names the
-    tensor for a weight that is missing, misshapen or not finite; the model is not usable after that.
+    Returns the model. Never holds more than the packed model and two tensors, or of one weight that is stacked three
+    times its size. Raises ValueError that names the tensor for a weight that is missing, misshapen or not finite; the
+    model is not usable after that.
     """
     on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if not on_meta:
@@ -69,18 +74,20 @@ def load_and_quantize(
             f"load_and_quantize: {on_meta[0]} is on the meta device and there is no weights_location to load it from"
         )
     config = selection.resolve_config(config)
-    files = checkpoint_files(Path(weights_location))
-    transposed, aliases = swap_layers(model, config, *stored_packed(files))
-    device_map = default_device_map(device_map)
-    if isinstance(device_map, str) and device_map in placement.STRATEGIES:
-        if no_split_module_classes is not None:
-            model._no_split_modules = list(no_split_module_classes)
-        device_map = placement.plan(model, device_map, max_memory)
-    elif not isinstance(device_map, dict):
-        device_map = {"": device_map}
-    placement.check_device_map(model, device_map, offload_folder)
-    offloaded = Offload(model, offload_folder if "disk" in device_map.values() else None)
-    Loader(model, device_map, transposed, aliases, offloaded).load(files)
+    with ExitStack() as opening:
+        names = Names(model)
+        parts = parts_by_name(names, checkpoint_files(Path(weights_location)), opening)
+        transposed, aliases = swap_layers(model, config, *stored_packed(parts))
+        device_map = default_device_map(device_map)
+        if isinstance(device_map, str) and device_map in placement.STRATEGIES:
+            if no_split_module_classes is not None:
+                model._no_split_modules = list(no_split_module_classes)
+            device_map = placement.plan(model, device_map, max_memory)
+        elif not isinstance(device_map, dict):
+            device_map = {"": device_map}
+        placement.check_device_map(model, device_map, offload_folder)
+        offloaded = Offload(model, offload_folder if "disk" in device_map.values() else None)
+        Loader(names, device_map, transposed, aliases, offloaded).load(parts, weights_location)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     replace.mark(model, config)
@@ -168,32 +175,36 @@ class Offload:
 
 
 class Loader:
-    """Puts each tensor of the files where it belongs."""
+    """Puts what becomes of the tensors of the files where it belongs."""
 
-    def __init__(self, model, device_map: dict, transposed: dict, aliases: dict, offloaded: Offload):
-        self.model, self.transposed, self.aliases, self.offloaded = model, transposed, aliases, offloaded
+    def __init__(self, names: Names, device_map: dict, transposed: dict, aliases: dict, offloaded: Offload):
+        self.names, self.model = names, names.model
+        self.transposed, self.aliases, self.offloaded = transposed, aliases, offloaded
         self.device_map = device_map
-        self.wanted = dict(model.state_dict())
+        self.wanted = dict(self.model.state_dict())
         self.done = set()
 
-    def load(self, files: list[str]) -> None:
+    def load(self, parts: dict, where) -> None:
+        """``parts`` is from `parts_by_name`, ``where`` for messages."""
         unexpected = []
-        for path in files:
-            for name, read in tensors_of(path):
-                module = name if name in self.transposed else name.removesuffix(".weight")  # experts have no ".weight"
-                if module in self.transposed:
-                    self.put_packed(module, read().to(self.device(name, loading=True)))
-                elif name in self.wanted:
-                    self.put(name, read())
+        for name, tensors in parts.items():
+            if name not in self.wanted and self.layer(name) not in self.transposed:
+                unexpected += [key for key, *_ in tensors]
+                continue
+            for made, tensor in self.convert(name, tensors).items():
+                if self.layer(made) in self.transposed:
+                    self.put_packed(made, tensor.to(self.device(made, loading=True)))
+                elif made in self.wanted:
+                    self.put(made, tensor)
                 else:
-                    unexpected.append(name)
+                    unexpected.append(made)
         for name, module in self.model.named_modules():
             if isinstance(module, QuantizedEmbedding) and f"{name}.{LIKE}" not in self.done:
                 self.store(f"{name}.{LIKE}", torch.zeros(1, dtype=module.weight_dtype))
         missing = sorted(set(self.wanted) - self.done - self.tied())
         if missing:
             raise ValueError(
-                f"load_and_quantize: {len(missing)} tensors are not in {', '.join(files)}: {', '.join(missing[:8])}"
+                f"load_and_quantize: {len(missing)} tensors are not in {where}: {', '.join(missing[:8])}"
             )
         if unexpected:
             warnings.warn(
@@ -222,14 +233,26 @@ class Loader:
                 return torch.device("cpu") if loading and device == "disk" else device
         raise ValueError(f"load_and_quantize: device_map says nothing about {name}")
 
-    def put_packed(self, module: str, dense: torch.Tensor) -> None:
+    def layer(self, name: str) -> str:
+        """The quantised layer that this float parameter would be of. Experts are a parameter of their own name."""
+        return name if name in self.transposed else name.removesuffix(".weight")
+
+    def convert(self, name: str, tensors: list) -> dict[str, torch.Tensor]:
+        try:
+            return self.names.convert(name, tensors)
+        except (ValueError, TypeError, RuntimeError) as error:
+            others = f" and {len(tensors) - 1} others" if len(tensors) > 1 else ""
+            raise ValueError(f"load_and_quantize: {name}, made of {tensors[0][0]}{others}: {error}") from error
+
+    def put_packed(self, name: str, dense: torch.Tensor) -> None:
+        module = self.layer(name)
         layer = self.model.get_submodule(module)
         dense = dense.t().contiguous() if self.transposed[module] else dense
         try:
             layer._check_dense(dense)
             tensors = layer.packed(dense)
         except (ValueError, TypeError) as error:
-            raise type(error)(f"{module}.weight: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
         for leaf, tensor in tensors.items():
             self.store(f"{module}.{leaf}", tensor)
 
@@ -288,26 +311,37 @@ def checkpoint_files(location: Path) -> list[str]:
     return [str(location.parent / name) for name in names]
 
 
-def tensors_of(path: str):
-    """(name, function that reads the tensor) for every tensor of a file."""
+def tensors_of(path: str, opening: ExitStack):
+    """(name, function that reads the tensor, until ``opening`` closes) for every tensor of a file."""
     if path.endswith(".safetensors"):
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (the handle is no dict)
-                yield name, lambda name=name: file.get_tensor(name)
+        file = opening.enter_context(opened(path))
+        for name in file.keys():  # noqa: SIM118 (the handle is no dict)
+            yield name, lambda name=name: file.get_tensor(name)
     else:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         for name, tensor in tensors.items():
             yield name, lambda tensor=tensor: tensor
 
 
-def stored_packed(files: list[str]) -> tuple[set, dict]:
+def parts_by_name(names: Names, files: list[str], opening: ExitStack) -> dict[str, list]:
+    """Name of a parameter, float or packed -> what `Names.convert` makes it of. What makes one may be in several files,
+    and so all stay open."""
+    packed = {f"{name.removesuffix('.weight')}.{leaf}" for name in names.known for leaf in (*NATIVE, LIKE)}
+    known, parts = dict.fromkeys([*names.known, *packed], True), {}
+    for path in files:
+        for key, read in tensors_of(path, opening):
+            name, pattern = names.find(key, known)
+            parts.setdefault(name, []).append((key, None if name in packed else pattern, read))
+    return parts
+
+
+def stored_packed(parts: dict) -> tuple[set, dict]:
     """Names of layers that the files hold in packed form, and (rank, dtype) of the side branches that there are."""
     packed, branches, part = set(), {}, f".{PARTS[0]}"
-    for path in files:
-        for name, read in tensors_of(path):
-            if name.endswith(".qweight"):
-                packed.add(name.removesuffix(".qweight"))
-            elif name.endswith(part):
-                a = read()
-                branches[name.removesuffix(part)] = len(a), a.dtype
+    for name, tensors in parts.items():
+        if name.endswith(".qweight"):
+            packed.add(name.removesuffix(".qweight"))
+        elif name.endswith(part):
+            a = tensors[0][2]()
+            branches[name.removesuffix(part)] = len(a), a.dtype
     return packed, branches
