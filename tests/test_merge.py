@@ -192,6 +192,18 @@ def test_a_bf16_model_keeps_its_branch_in_float32(source, tmp_path):
     assert torch.equal(logits(again), output)
 
 
+def test_a_branch_under_the_hooks_of_a_dispatched_model(source, tmp_path):
+    """Accelerate's hooks call the forward that a layer had when they came."""
+    import accelerate
+
+    devices = {"model": "cpu", "lm_head": "disk"}
+    model = accelerate.dispatch_model(base_model(source, "4bit"), devices, offload_dir=tmp_path)
+    assert hasattr(model.model.layers[0].mlp.up_proj, "_hf_hook")
+    model = shake(lora(model), size=0.2)
+    expected = logits(model)
+    assert torch.equal(logits(bnbq.merge(model, "side-branch").model), expected)
+
+
 @pytest.mark.parametrize("kind", [nn.Linear4bit, nn.Linear8bitLt])
 def test_the_weight_of_a_layer_with_a_branch(kind):
     """Reading gives both parts; writing packs the difference; a second branch joins the first."""

@@ -9,6 +9,8 @@ state dicts, bnbq.save and save_pretrained hold the branch like any parameters o
 
 from __future__ import annotations
 
+from types import MethodType
+
 import torch
 from torch import nn as torch_nn
 from torch.nn import functional as F
@@ -94,6 +96,8 @@ def attach(layer: QuantizedLinear, a: torch.Tensor, b: torch.Tensor) -> None:
         b = torch.cat([layer.side_branch.b.to(dtype), b.to(dtype)], 1)
     else:
         layer.__class__ = Linear4bitSideBranch if isinstance(layer, Linear4bit) else Linear8bitLtSideBranch
+        if "_old_forward" in layer.__dict__:  # what a hook of Accelerate calls: it was bound when the hook came
+            layer._old_forward = MethodType(type(layer).forward, layer)
     layer.side_branch = LowRank(a.detach(), b.detach()).train(layer.training)
 
 
