@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 peft = pytest.importorskip("peft")
+accelerate = pytest.importorskip("accelerate")
 
 import bnbq  # noqa: E402
 from bnbq.experts import find  # noqa: E402
@@ -133,6 +134,46 @@ def test_what_adapters_on_experts_cannot_be_is_an_error(layout):
         lost = peft.get_peft_model(model, config)
     with pytest.raises(ValueError, match="lora_config"):
         lost(IDS)
+
+
+OFFLOAD = {
+    "cpu_offload": lambda model, folder: accelerate.cpu_offload(model, execution_device=torch.device("cpu")),
+    "disk_offload": lambda model, folder: accelerate.disk_offload(model, folder / "disk", execution_device=torch.device("cpu")),
+    "dispatched": lambda model, folder: accelerate.dispatch_model(model, {"model": "disk", "lm_head": "cpu"}, offload_dir=folder / "disk"),
+    "from_pretrained": lambda model, folder: reloaded(model, folder),
+}
+
+
+def reloaded(model, folder):
+    model.save_pretrained(folder / "packed")
+    return AUTO.from_pretrained(folder / "packed", device_map={"model": "disk", "lm_head": "cpu"}, offload_folder=folder / "disk")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("how", OFFLOAD)
+def test_adapters_on_offloaded_experts_train(layout, tmp_path, how, checkpointing):
+    """Gradients, and the outputs after a step, are those of the model in memory."""
+    folder, _ = layout
+    found = []
+    for place in (None, how):
+        model = quantized(folder, {"bits": 4, "double_quant": True})
+        model = model if place is None else OFFLOAD[place](model, tmp_path)
+        model = bnbq.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+        config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["o_proj", "experts"])
+        torch.manual_seed(0)
+        model = bnbq.get_peft_model(model, bnbq.lora_config(model, config)).train()
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.SGD(trainable.values(), lr=0.1)
+        model(IDS, labels=IDS).loss.backward()
+        gradients = {name: p.grad for name, p in trainable.items()}
+        assert any("experts" in name for name in gradients) and all(g.abs().sum() > 0 for g in gradients.values())
+        assert all(packed.qweight.is_meta == (place is not None) for packed in packed_experts(model).values())
+        optimizer.step()
+        found.append((gradients, logits(model.eval())))
+    (wanted, after), (gradients, got) = found
+    assert gradients.keys() == wanted.keys()
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in wanted.items())
+    assert torch.equal(got, after)
 
 
 def test_merging_leaves_quantised_experts_whole_or_says_that_it_cannot(layout):

@@ -89,9 +89,15 @@ class LoraExperts(nn.Module, LoraLayer):
     def forward(self, hidden_states, top_k_index, top_k_weights):
         if self.disable_adapters and self.merged:
             self.unmerge()
+        base, inputs = self.base_layer, (hidden_states, top_k_index, top_k_weights)
         if self.disable_adapters or self.merged:
-            return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        return experts_forward(self.base_layer, hidden_states, top_k_index, top_k_weights, self.project)
+            return base(*inputs)
+        hook = getattr(base, "_hf_hook", None)
+        if hook is None:
+            return experts_forward(base, *inputs, self.project)
+        # Accelerate's hook acts around the module's own forward; what it brings for one is needed here (biases).
+        inputs, _ = hook.pre_forward(base, *inputs)
+        return hook.post_forward(base, experts_forward(base, *inputs, self.project))
 
     # ------------------------------------------------------------------ merging
 
