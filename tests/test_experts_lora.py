@@ -1,5 +1,7 @@
 """Unmodified PEFT on models with packed experts: gradients through them, and adapters on them."""
 
+import copy
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -176,7 +178,7 @@ def test_adapters_on_offloaded_experts_train(layout, tmp_path, how, checkpointin
     assert torch.equal(got, after)
 
 
-def test_merging_leaves_quantised_experts_whole_or_says_that_it_cannot(layout):
+def test_merging_beside_experts_leaves_them_as_they_are(layout):
     folder, _ = layout
     model = quantized(folder, {"bits": 4})
     before = {name: packed.state_dict() for name, packed in packed_experts(model).items()}
@@ -187,6 +189,65 @@ def test_merging_leaves_quantised_experts_whole_or_says_that_it_cannot(layout):
         now = merged.get_submodule(name).state_dict()
         assert all(torch.equal(now[leaf], tensor) and now[leaf].dtype == tensor.dtype for leaf, tensor in state.items())
     assert logits(merged).isfinite().all()
-    model = adapted(quantized(folder, {"bits": 4}), target_modules=["o_proj", "experts"])
-    with pytest.raises(ValueError, match="adapts quantised experts"):
-        bnbq.merge(model)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_adapters_on_experts_are_merged_expert_by_expert(layout, settings, tmp_path):
+    """Each row, recomputed from the weights before and after; float experts hold what the adapters computed."""
+    folder, _ = layout
+    model = adapted(quantized(folder, settings), target_modules=["o_proj", "experts"])
+    expected, wanted, before = logits(model), {}, {}
+    for name, module in model.get_base_model().named_modules():
+        for leaf, _ in module.pairs().items() if hasattr(module, "pairs") else ():
+            packed = getattr(module.base_layer, leaf)
+            before[f"{name}.{leaf}"] = packed.dequantize(torch.float32)
+            wanted[f"{name}.{leaf}"] = module.get_delta_weight(leaf, "default").detach()
+    with pytest.raises(ValueError, match="adapts quantised experts, which have no side branch.*'bf16'"):
+        bnbq.merge(model, "side-branch")
+    with pytest.raises(bnbq.MergeRefused, match="nothing was changed"):
+        bnbq.merge(model, min_kept=1.5)
+    assert torch.equal(logits(model), expected)
+    other = copy.deepcopy(model)
+
+    merge = bnbq.merge(model, force=True)
+    rows = {row.name: row for row in merge.layers if "experts" in row.name}
+    assert rows.keys() == {f"{name}.{e}" for name, delta in wanted.items() for e in range(len(delta))}
+    assert f"x{len([n for n in rows if 'down_proj' in n])}, worst" in str(merge)
+    for name, delta in wanted.items():
+        packed = merge.model.get_submodule(name)
+        change = packed.dequantize(torch.float32) - before[name]
+        for e in range(len(delta)):
+            row, asked = rows[f"{name}.{e}"], delta[e]
+            kept = ((change[e] * asked).sum() / asked.square().sum()).item()
+            noise = ((change[e] - kept * asked).norm() / before[name][e].norm()).item()
+            assert row.kept == pytest.approx(kept, abs=1e-3) and row.noise == pytest.approx(noise, abs=1e-4)
+            assert row.asked == pytest.approx((asked.norm() / before[name][e].norm()).item(), rel=1e-3)
+            assert row.kept > 0.9 and row.becomes.startswith(settings.get("quant_type", "int8" if settings["bits"] == 8 else "nf4"))
+        afresh = copy.deepcopy(packed).quantize_(before[name] + delta).dequantize(torch.float32)
+        found, plain = ((weight - before[name] - delta).norm() for weight in (packed.dequantize(torch.float32), afresh))
+        assert found <= plain * 1.0001  # scales are searched
+    merge.model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(AUTO.from_pretrained(tmp_path / "packed")), logits(merge.model))
+
+    merge = bnbq.merge(other, "bf16")
+    assert all(row.kept == pytest.approx(1, abs=0.05) and row.noise < 0.003 * (1 + row.asked) for row in merge.layers)
+    for name, delta in wanted.items():
+        weight = merge.model.get_parameter(name)
+        assert weight.dtype == torch.bfloat16 and torch.allclose(weight.float(), before[name] + delta, rtol=2**-8, atol=1e-6)
+    assert not packed_experts(merge.model) and (logits(merge.model).float() - expected).norm() < 0.05 * expected.norm()
+    merge.model.save_pretrained(tmp_path / "float")
+    again, info = AUTO.from_pretrained(tmp_path / "float", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not packed_experts(again)
+    assert torch.allclose(logits(again), logits(merge.model), rtol=0.02, atol=0.02)
+
+
+def test_an_untrained_adapter_on_experts_changes_nothing(layout):
+    folder, _ = layout
+    model = quantized(folder, {"bits": 4, "double_quant": True})
+    before = {name: {leaf: tensor.clone() for leaf, tensor in packed.state_dict().items()} for name, packed in packed_experts(model).items()}
+    config = peft.LoraConfig(r=4, target_modules=["experts"])
+    merge = bnbq.merge(peft.get_peft_model(model, bnbq.lora_config(model, config)))
+    assert all(row.kept == 1 and row.noise == 0 and row.asked == 0 for row in merge.layers)
+    for name, state in before.items():
+        now = merge.model.get_submodule(name).state_dict()
+        assert all(torch.equal(now[leaf], tensor) for leaf, tensor in state.items())

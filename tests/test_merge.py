@@ -379,8 +379,3 @@ def test_what_cannot_be_merged(source, tmp_path):
     model.merge_adapter()
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj: default is merged already"):
         bnbq.merge(model)
-    import accelerate
-
-    offloaded = accelerate.cpu_offload(base_model(source, "4bit"), execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj is offloaded"):
-        bnbq.merge(lora(offloaded))

@@ -107,6 +107,11 @@ class LoraExperts(nn.Module, LoraLayer):
         delta = (b.float() @ a.float()) * self.scaling[adapter]
         return delta.mT if getattr(self.get_base_layer(), name).transposed else delta
 
+    def expert_delta(self, name: str, adapter: str, number: int) -> torch.Tensor:
+        """What an adapter adds to one expert of a projection, float32[n, k]."""
+        a, b = self.factors(name, adapter)
+        return (b[number].float() @ a[number].float()) * self.scaling[adapter]
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names=None) -> None:
         """Requantise the weights with the adapters added; ``safe_merge`` needs nothing more: bad values are refused."""
