@@ -303,6 +303,37 @@ def test_report_equals_the_error_of_the_layers(checkpoints, capsys):
         assert row["nbytes"] == layer.qweight.nbytes + layer.absmax.nbytes
 
 
+@pytest.mark.parametrize("name, saved", [("nf4", "hf"), ("nf4", "own"), ("nf4-dq", "hf"), ("int8", "own")])
+def test_report_counts_side_branches(checkpoints, tmp_path, capsys, name, saved):
+    """Bytes and bits are of all that the layer has in the file, and its weight is compared with its branch."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    import bnbq as library
+    from bnbq.side_branch import attach
+
+    dense = transformers.AutoModelForCausalLM.from_pretrained(checkpoints / "float")
+    packed = transformers.AutoModelForCausalLM.from_pretrained(checkpoints / name)
+    layer, weight = packed.model.layers[0].mlp.up_proj, dense.model.layers[0].mlp.up_proj.weight.detach().double()
+    attach(layer, torch.randn(3, 64) / 20, torch.randn(128, 3) / 20)
+    packed.save_pretrained(tmp_path) if saved == "hf" else library.save(packed, tmp_path)
+    assert cli.main(["report", str(tmp_path), "--against", str(checkpoints / "float"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in facts["layers"]}
+    row = rows.pop("model.layers.0.mlp.up_proj")
+    assert row["side_rank"] == 3 and not any(other["side_rank"] for other in rows.values())
+    assert row["nbytes"] == sum(parameter.nbytes for parameter in layer.parameters())
+    assert row["bits"] == pytest.approx(8 * row["nbytes"] / weight.numel())
+    error = (weight - layer.dequantize(torch.float32).double()).norm() / weight.norm()
+    assert row["error"] == pytest.approx(error.item(), rel=1e-5)
+    totals, files = facts["totals"], sum(p.nbytes for p in packed.state_dict().values())
+    assert totals["bytes"] == row["nbytes"] + sum(other["nbytes"] for other in rows.values())
+    assert totals["bytes"] + totals["other_bytes"] == files
+    assert not any("side_branch" in name for name in totals["largest_other"])
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert " + rank 3 " in capsys.readouterr().out
+
+
 def test_report_for_people(checkpoints, capsys):
     assert cli.main(["report", str(checkpoints / "nf4")]) == 0
     text = capsys.readouterr().out

@@ -17,12 +17,13 @@ from pathlib import Path
 from . import checkpoint, checkpoint_bnb, shards
 from .config import BnbqConfig
 from .errors import UserError
+from .side_branch import PARTS
 
 
 @dataclass
 class Layer:
     """One quantised layer. ``shape`` is [out, in], of experts [experts, out, in], None where neither file nor float
-    model tells it."""
+    model tells it. ``nbytes`` and ``bits`` count a side branch of rank ``side_rank``, and the error is with it."""
 
     name: str
     format: str
@@ -32,6 +33,7 @@ class Layer:
     nbytes: int
     bits: float | None
     kernel: str
+    side_rank: int = 0
     error: float | None = None
     snr: float | None = None
 
@@ -86,7 +88,9 @@ class Checkpoint:
     def keys(self, name: str) -> dict[str, str]:
         """Part of the layer -> name in the files; the bias is no part."""
         known = (
-            checkpoint.PACKED_NAMES if self.method == "bnbq" else (*checkpoint_bnb.BNB4_KEYS, *checkpoint_bnb.BNB8_KEYS)
+            (*checkpoint.PACKED_NAMES, *PARTS)
+            if self.method == "bnbq"
+            else (*checkpoint_bnb.BNB4_KEYS, *checkpoint_bnb.BNB8_KEYS)
         )
         return {part: f"{name}.{part}" for part in dict.fromkeys(known) if f"{name}.{part}" in self.files}
 
@@ -134,6 +138,7 @@ class Checkpoint:
             nbytes,
             8 * nbytes / count if count else None,
             "generic" if flat else kernel("q4" if bits == 4 else "s8"),
+            (self.source.shapes[keys[PARTS[0]]] or (0,))[0] if PARTS[0] in keys else 0,
         )
 
     def dequantize(self, row: Layer):
@@ -147,9 +152,10 @@ class Checkpoint:
             convert = checkpoint_bnb.native_from_bnb8 if bits == 8 else checkpoint_bnb.native_from_bnb4
             parts, _ = convert(parts, row.name, tuple(row.shape))
         try:
+            branch = parts[PARTS[1]].float() @ parts[PARTS[0]].float() if row.side_rank else 0
             if bits == 8:
-                return ops.dequantize_8bit(parts["qweight"], parts["absmax"], blocksize=row.blocksize)
-            return ops.dequantize_4bit(
+                return ops.dequantize_8bit(parts["qweight"], parts["absmax"], blocksize=row.blocksize) + branch
+            weight = ops.dequantize_4bit(
                 parts["qweight"],
                 parts["absmax"],
                 tuple(row.shape),
@@ -158,11 +164,11 @@ class Checkpoint:
                 quant_type=row.format.removesuffix("+dq"),
                 blocksize=row.blocksize,
             )
+            return weight + branch
         except KeyError as error:
             raise UserError(f"{self.path}: {row.name} has no tensor {error}") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{self.path}: {row.name}: {error}") from error
-
 
     def dequantize_experts(self, row: Layer, parts: dict, bits: int):
         """f32[experts, n, k]."""
@@ -279,7 +285,9 @@ def describe(facts: dict) -> str:
     for row in facts["layers"]:
         line = [
             row["name"],
-            row["format"] + (f"/{row['blocksize']}" if row["blocksize"] else ""),
+            row["format"]
+            + (f"/{row['blocksize']}" if row["blocksize"] else "")
+            + (f" + rank {row['side_rank']}" if row["side_rank"] else ""),
             "x".join(map(str, row["shape"])) if row["shape"] else "flat",
             f"{row['bits']:.2f}" if row["bits"] else "-",
             f"{row['nbytes']:,}",
