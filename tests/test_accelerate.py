@@ -281,3 +281,68 @@ def test_load_and_quantize_refuses(source, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret.safetensors"}}')
     with pytest.raises(ValueError, match="not the name of a file"):
         load_and_quantize(empty(source), config, tmp_path / "model.safetensors.index.json")
+
+
+# ------------------------------------------------------------------ entries of a device_map inside others
+
+
+NESTED = [
+    {"": "cpu", "model.layers.1": "disk"},
+    {"": "disk", "model.layers.1": "cpu", "model.layers.1.mlp": "disk"},
+    {"model": "disk", "model.layers.1": "cpu", "lm_head": "cpu"},
+    {"": "cpu", "model.layers.1.self_attn.q_proj": "disk", "lm_head": "cpu"},
+]
+
+
+def on_disk(name, device_map):
+    while name not in device_map:
+        name = name.rpartition(".")[0]
+    return device_map[name] == "disk"
+
+
+@pytest.mark.parametrize("how", ["from_pretrained", "packed", "quantize_model", "load_and_quantize"])
+@pytest.mark.parametrize("device_map", NESTED, ids=str)
+def test_entries_inside_others(tmp_path, device_map, how):
+    """Accelerate's own error is about a weight on the meta device; eleven layers, so that one name begins another."""
+    source = small_models.llama(tmp_path / "llama", dtype=torch.float32, num_hidden_layers=11)
+    config, given = bnbq.BnbqConfig(), dict(device_map)
+    wanted, place = quantized(source, config), {"device_map": device_map, "offload_folder": tmp_path / "disk"}
+    if how == "from_pretrained":
+        model = AUTO.from_pretrained(source, quantization_config=config, **place)
+    elif how == "packed":
+        wanted.save_pretrained(tmp_path / "packed")
+        model = AUTO.from_pretrained(tmp_path / "packed", **place)
+    elif how == "quantize_model":
+        model = AUTO.from_pretrained(source)
+        bnbq.quantize_model(model, config, **place)
+    else:
+        model = load_and_quantize(empty(source), config, source, **place)
+    assert device_map == given
+    for name, parameter in model.named_parameters():
+        assert parameter.is_meta == on_disk(name, device_map), name
+    assert torch.equal(logits(model), logits(wanted))
+
+
+def test_maps_without_entries_inside_others_stay(source):
+    model = AUTO.from_pretrained(source)
+    for device_map in ({"": "cpu"}, SPLIT, {"": 0, "lm_head": 0}, {"model": 0, "model.layers": 0, "lm_head": "cpu"}):
+        assert bnbq.placement.flatten(model, device_map) == device_map
+    flat = bnbq.placement.flatten(model, {"": 0, "model.layers.1": "cpu"})
+    assert flat == {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+
+
+def test_a_parameter_on_disk_without_its_module(tmp_path):
+    """gpt-oss' experts have biases of their own beside the packed weights, which are modules."""
+    config = transformers.GptOssConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=32, num_local_experts=4, vocab_size=64,
+    )
+    torch.manual_seed(0)
+    AUTO.from_config(config).save_pretrained(tmp_path / "float")
+    experts, settings = "model.layers.0.mlp.experts", {"quantization_config": bnbq.BnbqConfig()}
+    settings["offload_folder"] = tmp_path / "disk"
+    wanted = logits(quantized(tmp_path / "float", bnbq.BnbqConfig()))
+    model = AUTO.from_pretrained(tmp_path / "float", device_map={"": "cpu", f"{experts}.down_proj": "disk"}, **settings)
+    assert model.get_submodule(experts).down_proj.qweight.is_meta and torch.equal(logits(model), wanted)
+    with pytest.raises(ValueError, match=f"{experts}.gate_up_proj_bias would be on disk.*give {experts} one device"):
+        AUTO.from_pretrained(tmp_path / "float", device_map={"": "disk", f"{experts}.down_proj": "cpu"}, **settings)

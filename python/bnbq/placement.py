@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import _bnbq
+from . import _bnbq, experts
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -48,6 +48,47 @@ def check_device_map(model: torch.nn.Module, device_map, offload_folder=None) ->
                 f"device_map: nothing says where {lost[0]} goes ({len(lost)} tensors in all); "
                 "name its module, or '' for the rest"
             )
+
+
+def flatten(model: torch.nn.Module, device_map: Mapping) -> dict:
+    """The same devices without entries inside others: Accelerate would move all of a module to its entry's device, and
+    fail where some of it is on disk. A map without such entries comes back as it is.
+
+    Raises ValueError for a parameter that would be on disk on its own: Accelerate brings whole modules.
+    """
+    split = set()  # modules with entries of other devices inside
+    for name, device in device_map.items():
+        above = owners(name)
+        if any(device_map.get(owner, device) != device for owner in above):
+            split.update(above)
+    if not split:
+        return dict(device_map)
+    flat, weights = {}, experts.find(model)  # which are, or become, modules
+
+    def visit(name: str, module: torch.nn.Module, device) -> None:
+        device = device_map.get(name, device)
+        if name not in split:
+            flat[name] = device
+            return
+        prefix = f"{name}." if name else ""
+        for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            flat[prefix + leaf] = device_map.get(prefix + leaf, device)
+            if flat[prefix + leaf] == "disk" and leaf in module._parameters and prefix + leaf not in weights:
+                raise ValueError(
+                    f"device_map: {prefix + leaf} would be on disk, but not all of {name or 'the model'}; Accelerate "
+                    f"moves the tensors of a module together, so give {name or 'it'} one device"
+                )
+        for child, part in module.named_children():
+            visit(prefix + child, part, device)
+
+    visit("", model, None)
+    return {name: device for name, device in flat.items() if device is not None}
+
+
+def owners(name: str) -> list[str]:
+    """The modules that hold the one of this name: "a.b", "a" and "" (the model) of "a.b.c"."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:length]) for length in reversed(range(len(parts)))]
 
 
 def as_device(value):
@@ -108,6 +149,7 @@ def place(model: torch.nn.Module, device_map, max_memory: dict | None = None, of
         device_map = plan(model, device_map, max_memory)
     elif not isinstance(device_map, Mapping):
         device_map = {"": device_map}
+    device_map = flatten(model, device_map)
     devices = {name: as_device(device) for name, device in device_map.items()}
     if len(set(devices.values())) == 1 and "disk" not in devices.values():
         model.to(next(iter(devices.values())))

@@ -86,6 +86,7 @@ def load_and_quantize(
         elif not isinstance(device_map, dict):
             device_map = {"": device_map}
         placement.check_device_map(model, device_map, offload_folder)
+        device_map = placement.flatten(model, device_map)
         offloaded = Offload(model, offload_folder if "disk" in device_map.values() else None)
         Loader(names, device_map, transposed, aliases, offloaded).load(parts, weights_location)
     if hasattr(model, "tie_weights"):

@@ -87,11 +87,12 @@ class BnbqQuantizer(HfQuantizer):
                 placement.check_device_is_there(placement.as_device(device))
 
     def update_device_map(self, device_map):
-        """None is the current GPU, if there is one that bnbq can use, as with bitsandbytes; the CPU otherwise."""
+        """None is the current GPU, if there is one that bnbq can use, as with bitsandbytes; the CPU otherwise. A dict
+        comes back as a copy, for `flatten_device_map`."""
         if device_map is None and torch.cuda.is_available() and placement.has_cuda_build():
             device_map = {"": torch.cuda.current_device()}
             logger.info(f"bnbq: no device_map was given; using {device_map}")
-        return device_map
+        return dict(device_map) if isinstance(device_map, dict) else device_map
 
     def adjust_max_memory(self, max_memory):
         """A tenth is left for what quantising and running need."""
@@ -128,6 +129,7 @@ class BnbqQuantizer(HfQuantizer):
         from .stored import pickled_settings
 
         refuse_split(model)
+        self.flatten_device_map(model, device_map)
         self.prefix = getattr(model, "base_model_prefix", "") or ""
         self.checkpoint_files = [str(f) for f in checkpoint_files or [] if str(f).endswith(".safetensors")]
         self.rules = set(selection.select_modules(model, self.quantization_config, strict=not self.pre_quantized))
@@ -138,6 +140,15 @@ class BnbqQuantizer(HfQuantizer):
             self.swap(model, dict.fromkeys(self.rules, self.quantization_config))
             self.warn_if_nothing(model)
         return model
+
+    def flatten_device_map(self, model, device_map) -> None:
+        """Entries inside others, which Accelerate's hooks cannot have, are resolved in Transformers' own dict, made by
+        `update_device_map`: it asks quantisers for changes before there is a model, and then no more."""
+        if isinstance(device_map, dict):
+            flat = placement.flatten(model, device_map)
+            device_map.clear()
+            device_map.update(flat)
+            self.device_map = device_map
 
     def warn_if_nothing(self, model) -> None:
         if not self.names:
