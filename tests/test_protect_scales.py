@@ -8,7 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
-peft = pytest.importorskip("peft")
+accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("peft")
 
 import bnbq  # noqa: E402
 import small_models  # noqa: E402
@@ -57,6 +58,32 @@ def test_files_do_not_show_it(source, name, tmp_path):
     assert_same(wanted, AUTO.from_pretrained(tmp_path / "bnbq"))
     bnbq.save(model, tmp_path / "own")
     assert_same(wanted, bnbq.load(copy.deepcopy(wanted), tmp_path / "own"))
+
+
+def test_state_dicts_of_both_kinds_load_into_both(source, name):
+    plain, protected = base_model(source, name), bnbq.protect_scales(base_model(source, name))
+    wanted = packed(plain)
+    for one, other in ((plain, protected), (protected, plain), (protected, protected)):
+        for assign in (False, True):
+            target = copy.deepcopy(other)
+            for tensor in target.parameters():
+                tensor.data.zero_()
+            target.load_state_dict(one.state_dict(), assign=assign)
+            assert are_protected(target) == (other is protected)
+            assert_packed(bnbq.protect_scales(target, False), wanted)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_accelerate_offloads_them_as_they_are(source, name, offload, tmp_path):
+    """It casts what it takes from a state dict to the dtype of the Parameter."""
+    model = bnbq.protect_scales(base_model(source, name))
+    wanted = logits(model)
+    if offload == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    assert model.model.layers[0].mlp.up_proj.qweight.is_meta
+    assert torch.equal(logits(model), wanted)
 
 
 def test_tied_layers_stay_tied(name, tmp_path):

@@ -332,12 +332,12 @@ def save(model: torch.nn.Module, directory) -> Path:
     Any nn.Module will do; Transformers models have ``save_pretrained``. Tensors that share memory (tied weights)
     are written once. Returns the directory.
     """
-    from .packed import PackedModule
+    from .packed import PackedModule, state_dict_to_save
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors, first, tied = {}, {}, {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state_dict_to_save(model).items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} in the state dict is a {type(tensor).__name__}; only tensors can be saved")
         if tensor.device.type == "meta":

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from .config import parse_dtype
-from .state import METADATA_KEY, checked_entries, describe, format_metadata
+from .state import BITS, METADATA_KEY, checked_entries, describe, format_metadata
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BITS = torch.int32
 
 
 def protect_scales(model: nn.Module, protect: bool = True) -> nn.Module:
@@ -25,7 +24,9 @@ def protect_scales(model: nn.Module, protect: bool = True) -> nn.Module:
     DeepSpeed with bf16 or fp16, and FSDP2 with ``MixedPrecisionPolicy(param_dtype=...)``, cast all float Parameters,
     and a forward with rounded scales is an error. Call this once the weights are loaded, before the model is handed
     to them; models of Transformers need it only where bnbq cannot see that they will be (integrations/parallel.py). The
-    scales are then int32 Parameters of the same bits and size. Results and state dicts are those of before.
+    scales are then int32 Parameters of the same bits and size. Results are those of before, and so are
+    the files that ``save_pretrained`` and `bnbq.save` write. A ``state_dict`` has what the Parameters have; layers take
+    either.
 
     Args:
         model: any module; its quantised layers change in place.
@@ -50,6 +51,18 @@ def protect_scales(model: nn.Module, protect: bool = True) -> nn.Module:
                     held[id(old)] = old, nn.Parameter(old.detach().view(dtype), requires_grad=False)
                 layer._parameters[leaf] = held[id(old)][1]
     return model
+
+
+def state_dict_to_save(model: nn.Module) -> dict[str, torch.Tensor]:
+    """``model.state_dict()`` with scales in float32, protected or not."""
+    state = model.state_dict()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedModule):
+            for leaf, (_, dtype) in module.packed_spec().items():
+                key = f"{name}.{leaf}" if name else leaf
+                if key in state:
+                    state[key] = state[key].view(dtype)
+    return state
 
 
 def like_held(tensor: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
@@ -148,9 +161,6 @@ class PackedModule(nn.Module):
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
             metadata.setdefault(prefix[:-1], {})[METADATA_KEY] = format_metadata(self)
-        for name, (_, dtype) in self.packed_spec().items():
-            if destination[prefix + name].dtype != dtype:
-                destination[prefix + name] = destination[prefix + name].view(dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         entries = checked_entries(self, state_dict, prefix, metadata, missing_keys, unexpected_keys, error_msgs)

@@ -12,6 +12,8 @@ import torch
 
 VERSION = 1
 METADATA_KEY = "bnbq"
+BITS = torch.int32
+"""Of scales that are held as the bits of a float32 (packed.protect_scales)."""
 LIKE = "like"
 """Parameter of an embedding that only has a dtype (embedding.py): a state dict may lack it."""
 
@@ -112,14 +114,17 @@ def read_native(layer, tensors: dict, present: set, metadata, name: str) -> tupl
     extra = sorted(present - set(spec))
     if extra:
         raise ValueError(f"{name}: unexpected {', '.join(extra)}; wanted {', '.join(spec)}")
+    packed = {key: tensors[key] for key in spec}
     for key, (shape, dtype) in spec.items():
-        value = tensors[key]
+        value = packed[key]
+        if dtype.is_floating_point and isinstance(value, torch.Tensor) and value.dtype == BITS:
+            value = packed[key] = value.view(dtype)
         if not isinstance(value, torch.Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
             raise ValueError(
                 f"{name}.{key}: got {describe(value)}, wanted {str(dtype).removeprefix('torch.')} {list(shape)} "
                 f"({layer.describe()})"
             )
-    return {key: tensors[key] for key in spec}, present, []
+    return packed, present, []
 
 
 def check_metadata(layer, metadata: dict, name: str) -> None:

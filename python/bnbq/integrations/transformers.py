@@ -21,8 +21,9 @@ from .. import checkpoint, experts, nn, placement
 from .. import config as settings
 from ..checkpoint import PACKED_NAMES
 from ..matrix import PackedMatrix
-from ..packed import PackedModule, protect_scales
+from ..packed import PackedModule, protect_scales, state_dict_to_save
 from ..side_branch import SideBranch
+from ..state import BITS
 from .float_layers import float_layer, original_kinds
 from .model_card import UploadWithCard, card_beside_the_files
 from .order import put_floats_first
@@ -410,10 +411,10 @@ class BnbqQuantizer(HfQuantizer):
     # ------------------------------------------------------------------ saving and undoing
 
     def get_state_dict_and_metadata(self, model):
-        """None (the model's own state dict is right) and the checksums of the packed tensors."""
+        """What is saved, None being the model's own state dict, and the checksums of the packed tensors."""
         from .conversions import stored
 
-        tensors = {}
+        tensors, state = {}, None
         if self.quantization_config.checkpoint_format == "bitsandbytes":
             branched = [name for name, module in model.named_modules() if isinstance(module, SideBranch)]
             if branched:
@@ -431,9 +432,11 @@ class BnbqQuantizer(HfQuantizer):
                         key = f"{name}.{leaf}"
                         if key not in tied:
                             tensors[key] = stored(model, key, module._parameters[leaf].detach()).view(dtype)
+            if any(parameter.dtype == BITS for parameter in model.parameters()):
+                state = state_dict_to_save(model)
             card_beside_the_files(sys._getframe(1))
         metadata = {"bnbq_version": str(self.quantization_config.version)}
-        return None, {
+        return state, {
             **metadata,
             **checkpoint.checksum_metadata({k: v for k, v in tensors.items() if type(v) in PLAIN}),
         }
