@@ -59,7 +59,7 @@ def test_four_bits_there_and_back(shape, quant_type, double_quant, storage):
     assert parts["weight"].dtype == storage and parts["weight"].shape == (layer.qweight.numel() // storage.itemsize, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tensors, settings = checkpoint.native_from_bnb4(parts, "layer", shape)
+        tensors, settings = checkpoint_bnb.native_from_bnb4(parts, "layer", shape)
     assert (
         settings["double_quant"] == double_quant and settings["dtype"] == torch.bfloat16 and settings["shape"] == shape
     )
@@ -72,8 +72,8 @@ def test_four_bits_there_and_back(shape, quant_type, double_quant, storage):
 def test_eight_bits_there_and_back(shape):
     dense = torch.nn.Linear(shape[1], shape[0])
     layer = nn.Linear8bitLt.from_linear(dense)
-    tensors, settings = checkpoint.native_from_bnb8(
-        checkpoint.bnb8_from_native(dict(qweight=layer.qweight, absmax=layer.absmax)), "layer", shape
+    tensors, settings = checkpoint_bnb.native_from_bnb8(
+        checkpoint_bnb.bnb8_from_native(dict(qweight=layer.qweight, absmax=layer.absmax)), "layer", shape
     )
     assert (
         torch.equal(tensors["qweight"], layer.qweight)
@@ -81,11 +81,11 @@ def test_eight_bits_there_and_back(shape):
         and settings["shape"] == shape
     )
     old = {"weight": layer.qweight.data, "SCB": layer.absmax.data.half()}  # no weight_format, half-precision scales
-    assert torch.equal(checkpoint.native_from_bnb8(old)[0]["absmax"], layer.absmax.half().float())
+    assert torch.equal(checkpoint_bnb.native_from_bnb8(old)[0]["absmax"], layer.absmax.half().float())
     with pytest.raises(ValueError, match="one scale per row"):
-        checkpoint.bnb8_from_native({}, blocksize=64)
+        checkpoint_bnb.bnb8_from_native({}, blocksize=64)
     with pytest.raises(ValueError, match="int4"):
-        checkpoint.bnb4_from_native({}, quant_type="int4", blocksize=64, shape=(1, 1))
+        checkpoint_bnb.bnb4_from_native({}, quant_type="int4", blocksize=64, shape=(1, 1))
 
 
 def test_tolerated_variants():
@@ -97,7 +97,7 @@ def test_tolerated_variants():
     no_shape = state_tensor(parts, shape=None)
     no_dtype = state_tensor(parts, dtype=None)
     for variant in (bare, no_map, no_shape, no_dtype):
-        tensors, settings = checkpoint.native_from_bnb4(variant, "layer", (16, 64))
+        tensors, settings = checkpoint_bnb.native_from_bnb4(variant, "layer", (16, 64))
         assert (
             torch.equal(tensors["qweight"], want[0])
             and torch.equal(tensors["absmax"], want[1])
@@ -105,13 +105,13 @@ def test_tolerated_variants():
         )
     one = layer4(1, 33)
     scalar = {**parts_of(one), "weight.absmax": one.absmax.data.reshape(())}
-    assert torch.equal(checkpoint.native_from_bnb4(scalar, "layer", (1, 33))[0]["absmax"], one.absmax)
+    assert torch.equal(checkpoint_bnb.native_from_bnb4(scalar, "layer", (1, 33))[0]["absmax"], one.absmax)
     zeros = {
         **parts,
         "weight": torch.zeros_like(parts["weight"]),
         "weight.absmax": torch.zeros_like(parts["weight.absmax"]),
     }
-    tensors, _ = checkpoint.native_from_bnb4(
+    tensors, _ = checkpoint_bnb.native_from_bnb4(
         zeros, "layer", (16, 64)
     )  # as CUDA writes an all-zero block: code 0, not 7
     assert not reference.dequantize_4bit(tensors["qweight"].numpy(), tensors["absmax"].numpy(), (16, 64)).any()
@@ -123,12 +123,12 @@ def test_files_written_after_a_forward_on_a_cpu():
     parts = parts_of(layer)
     spoilt = {**parts, "weight.absmax": layer.absmax.data.t().bfloat16().contiguous()}
     with pytest.warns(UserWarning, match="after a forward pass on a CPU"):
-        tensors, _ = checkpoint.native_from_bnb4(spoilt, "layer", (16, 192))
+        tensors, _ = checkpoint_bnb.native_from_bnb4(spoilt, "layer", (16, 192))
     assert torch.equal(tensors["absmax"], layer.absmax.bfloat16().float())
     assert torch.equal(tensors["qweight"], layer.qweight)
     nested = state_tensor(parts_of(layer4(16, 192, double_quant=True)), nested_dtype="bfloat16")
     with pytest.warns(UserWarning, match="decoded to float32"):
-        tensors, settings = checkpoint.native_from_bnb4(nested, "layer", (16, 192))
+        tensors, settings = checkpoint_bnb.native_from_bnb4(nested, "layer", (16, 192))
     assert (
         tensors["absmax"].dtype == torch.float32
         and set(tensors) == {"qweight", "absmax"}
@@ -149,7 +149,7 @@ def test_other_double_quantisation_is_decoded(change):
         parts["weight.nested_absmax"] = torch.tensor([0.5, 0.25, 0.125])
         want = checkpoint_bnb.dynamic_map()[codes.long()] * parts["weight.nested_absmax"].repeat_interleave(16) + offset
     with pytest.warns(UserWarning, match="decoded to float32"):
-        tensors, settings = checkpoint.native_from_bnb4(parts, "layer", (16, 192))
+        tensors, settings = checkpoint_bnb.native_from_bnb4(parts, "layer", (16, 192))
     assert torch.equal(tensors["absmax"].flatten(), want) and not settings["double_quant"]
 
 

@@ -22,15 +22,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint_bnb import (  # noqa: F401  (the conversions belong to this module's interface)
-    FLOAT_DTYPES,
-    bnb4_from_native,
-    bnb8_from_native,
-    describe,
-    float_dtype,
-    native_from_bnb4,
-    native_from_bnb8,
-)
+from .checkpoint_bnb import float_dtype
 
 VERSION = 1
 WEIGHTS, SETTINGS = "model.safetensors", "bnbq.json"

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from .. import _bnbq, placement, replace, selection
-from ..checkpoint import PACKED_NAMES, describe, opened
+from ..checkpoint import PACKED_NAMES, opened
+from ..checkpoint_bnb import describe
 from ..nn import QuantizedEmbedding, is_conv1d
 from ..packed import PackedModule
 from ..side_branch import PARTS, attach_empty

@@ -22,11 +22,12 @@ import copy
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
-from ..checkpoint import PACKED_NAMES, describe
+from ..checkpoint import PACKED_NAMES
 from ..checkpoint_bnb import (
     BNB4_KEYS,
     BNB8_KEYS,
     bnb_from_native,
+    describe,
     native_from_bnb4,
     native_from_bnb8,
 )
