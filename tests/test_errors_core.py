@@ -168,6 +168,8 @@ def test_no_memory_is_an_exception():
 def test_impossible_shapes():
     """Sizes whose products leave 64 bits come from strides of zero, or from producers that lie."""
     huge = torch.ones(1).expand(2**40, 2**22)
+    with pytest.raises(ValueError, match="x has 64 columns"):
+        ops.linear4bit(torch.zeros(1, 64), torch.empty(0, 2**62, dtype=torch.uint8), torch.zeros(0), 0)
     for call in (lambda: quantize4(huge), lambda: ops.quantize_8bit(huge), lambda: linear4bit(huge),
                  lambda: backward4bit(huge), lambda: linear4bit(out=2**62), lambda: linear4bit(out=2**63 - 1)):
         with pytest.raises((ValueError, MemoryError, RuntimeError)):

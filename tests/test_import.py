@@ -52,6 +52,16 @@ print(y.dtype, y.shape, z.dtype, bool(abs(y - z).max() < 3))
     assert python(code) == "float16 (2, 8) float32 True"
 
 
+def test_its_quantiser_may_be_imported_before_transformers():
+    pytest.importorskip("transformers", minversion="5.0")
+    code = """
+from bnbq.integrations.transformers import BnbqQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+print(AUTO_QUANTIZER_MAPPING["bnbq"] is BnbqQuantizer)
+"""
+    assert python(code) == "True"
+
+
 @pytest.mark.parametrize("order", ["import torch; from bnbq import ops", "from bnbq import ops; import torch"])
 def test_torch_may_be_imported_before_or_after(order):
     code = order + """

@@ -159,8 +159,10 @@ static bool view_weight4(product *p, PyObject *const *rest, bool backward, bnbq_
     const DLTensor *q = &packed.qweight->dl;
     const int last = p->experts.count > 0 ? 2 : 1;
     /* One column of bytes, bitsandbytes' shape, says nothing of n and k. */
+    int64_t k = 0; /* too large for an int64: nothing has as many columns */
     if (q->ndim == last + 1 && q->shape[last] > 1 &&
-        (!expect_columns(p, k_of, "k", q->shape[last] * 2) ||
+        (!expect_columns(p, k_of, "k",
+                         __builtin_mul_overflow(q->shape[last], 2, &k) ? INT64_MAX : k) ||
          !expect_columns(p, n_of, "n", q->shape[last - 1])))
         return false;
     return bnbq_check_packed4(&p->call, &packed, p->experts.count, bnbq_columns(n_of),

@@ -26,6 +26,9 @@ def register() -> None:
     """Enter BnbqConfig and BnbqQuantizer into Transformers' public tables (``register_quantizer`` and its twin)."""
     from transformers.quantizers import auto
 
+    ours = sys.modules.get(f"{__name__}.transformers")
+    if ours is not None and not hasattr(ours, "BnbqQuantizer"):
+        return  # it is being imported, which is why Transformers is, and will call this itself
     from .transformers import BnbqConfig, BnbqQuantizer
 
     if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:

@@ -24,6 +24,7 @@ from ..matrix import PackedMatrix
 from ..packed import PackedModule, protect_scales, state_dict_to_save
 from ..side_branch import SideBranch
 from ..state import BITS
+from . import register
 from .float_layers import float_layer, original_kinds
 from .model_card import UploadWithCard, card_beside_the_files
 from .order import put_floats_first
@@ -525,3 +526,6 @@ def from_pretrained(model_class, name_or_path, *args, quantization_config=None, 
     from .loading import load
 
     return load(model_class, name_or_path, args, quantization_config, kwargs)
+
+
+register()  # what imported us has done it already, unless we were imported first
