@@ -12,6 +12,8 @@ from .common import FLOATS, RESULTS, ROOT, Run, newest, peers
 
 NARROW = 1.1  # less than this is no loss: the medians of two rounds differ by as much
 
+BASES = ("quantised", "bf16")
+
 OUTLIERS = {
     "none": "no outliers",
     "6": "outliers in six columns",
@@ -307,6 +309,25 @@ def models() -> str:
     return "\n\n".join(parts)
 
 
+def finetune() -> str:
+    run = newest(RESULTS / "finetune.jsonl", "finetune")
+    if run is None:
+        return "No results yet: `python -m benchmarks.finetune`."
+    lines = []
+    for name in unique(row["format"] for row in run.rows):
+        ours, dense = ({row["base"]: row for row in run.rows if row["format"] == name}[base] for base in BASES)
+        losses = [f"{row[field]:.4f}" for row in (ours, dense) for field in ("before", "after")]
+        difference = f"{100 * (ours['after'] / dense['after'] - 1):+.2f} %"
+        lines.append((name, *losses, difference, *(f"{row['seconds']:.0f}" for row in (ours, dense))))
+    header = ["base", "before", "after", "before, bf16", "after, bf16", "difference", "s", "s, bf16"]
+    about = (
+        f"Held-out loss (nats a token) of `bnbq demo`'s model before and after {run.rows[0]['steps']} steps of LoRA "
+        "on the quantised base, and of the same on its dequantised weights in bf16 (`python -m benchmarks.finetune` on "
+        f"{machine(run.about)})"
+    )
+    return f"{about}:\n\n" + markdown(header, lines)
+
+
 PARTS = {
     "demo": demo,
     "layers": layers,
@@ -315,6 +336,7 @@ PARTS = {
     "backward": backward,
     "calls": call_cost,
     "models": models,
+    "finetune": finetune,
 }
 
 

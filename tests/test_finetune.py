@@ -9,7 +9,7 @@ pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("peft")
 pytest.importorskip("pydoc_data.topics", reason="this Python comes without its language reference")
 
-from benchmarks import finetune  # noqa: E402
+from benchmarks import finetune, tables  # noqa: E402
 
 import small_models  # noqa: E402
 from bnbq import fetch  # noqa: E402
@@ -20,13 +20,17 @@ def test_runs_on_a_tiny_model(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "demo_model", lambda: folder)
     monkeypatch.setattr(finetune, "quiet", lambda: None)
     sizes = "--steps 2 --windows 2 --judged 2 --length 32 --rank 2 --threads 1 --format int8".split()
-    results = finetune.main([*sizes, "--out", str(tmp_path / "out.jsonl"), "--keep", str(tmp_path / "adapters")])
+    out = tmp_path / "finetune.jsonl"
+    results = finetune.main([*sizes, "--out", str(out), "--keep", str(tmp_path / "adapters")])
     assert set(results) == {("int8", "quantised"), ("int8", "bf16")}
     for before, after, _ in results.values():
         assert 4 < after < 7 and before != after
     assert (tmp_path / "adapters" / "int8-bf16" / "adapter_model.safetensors").is_file()
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row.get("base") for row in rows[1:-1]] == ["quantised", "bf16"]
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    ours, dense = (results["int8", base].after for base in tables.BASES)
+    assert f"| {ours:.4f} |" in tables.finetune() and f"| {100 * (ours / dense - 1):+.2f} % |" in tables.finetune()
 
 
 @pytest.mark.slow
