@@ -25,9 +25,19 @@ static inline int log2_of(int64_t blocksize) {
 
 enum {
     PIECE_BYTES = 2048,
-    W_GROUP = 4,  /* rows of W in L1, and per call of the inner kernel */
+    W_GROUP = 4, /* rows of W in L1, and per call of the inner kernel */
+    NEAR_BYTES = 16 << 10,
     X_BLOCK = 96, /* rows of x in L2; a multiple of every x_group */
 };
+
+/* A line of the next rows of W, `ahead` bytes behind those in work: to L1, or to L2 only where so
+ * much is on its way that x would have to leave L1 for it. */
+BNBQ_INLINE void prefetch_rows(const uint8_t *w, int64_t ahead) {
+    if (ahead < NEAR_BYTES)
+        __builtin_prefetch(w + ahead, 0, 3);
+    else
+        __builtin_prefetch(w + ahead, 0, 2);
+}
 
 /* x[m, k] as [chunk][m][PIECE_BYTES], the last chunk not shorter. */
 static inline size_t blocked_bytes(int64_t m, int64_t k, int64_t chunk) {

@@ -150,7 +150,7 @@ BNBQ_INLINE void dots(const int ws, const int xs, const bool narrow, const bnbq_
             sum[r][i] = _mm256_setzero_ps();
     for (int64_t c = 0; c < cols; c += GROUP) {
         for (int b = 0; b < ws * GROUP / 2; b += 64)
-            _mm_prefetch((const char *)q + ahead + c / 2 * ws + b, _MM_HINT_T0);
+            prefetch_rows(q + c / 2 * ws + b, ahead);
 #pragma GCC unroll 4
         for (int r = 0; r < ws; r++) {
             const __m256 scale = scale_of(absmax + r * blocks, col + c, shift, narrow, cols - c);

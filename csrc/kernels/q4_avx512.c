@@ -112,7 +112,7 @@ BNBQ_INLINE void dots(const int ws, const int xs, const bool narrow, const bnbq_
         __m512 table[4], scale[4];
         __m512i codes[4];
         for (int b = 0; b < ws * GROUP / 2; b += 64)
-            _mm_prefetch((const char *)q + ahead + c / 2 * ws + b, _MM_HINT_T0);
+            prefetch_rows(q + c / 2 * ws + b, ahead);
 #pragma GCC unroll 4
         for (int r = 0; r < ws; r++) {
             scale[r] = scale_of(absmax + r * blocks, col + c, shift, narrow, cols - c);

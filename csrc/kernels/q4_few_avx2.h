@@ -84,7 +84,7 @@ BNBQ_INLINE void few_dots(const int ws, const int xs, const bool narrow, const f
     for (int64_t c = 0; c < cols; c += FEW_GROUP) {
         const int64_t left = w->k - col - c;
         for (int b = 0; b < ws * FEW_GROUP / 2; b += 64)
-            _mm_prefetch((const char *)q + ahead + c / 2 * ws + b, _MM_HINT_T0);
+            prefetch_rows(q + c / 2 * ws + b, ahead);
 #pragma GCC unroll 4
         for (int r = 0; r < ws; r++) {
             const __m256i codes = codes_of(q + r * row_bytes + c / 2, narrow, left);
