@@ -306,6 +306,8 @@ def models() -> str:
         run = newest(path, kind)
         if run is not None:
             parts.append(part(run, shape["prefill"]))
+            if run.about["commit"] != model.about["commit"]:
+                parts.append(f"These were measured at commit {run.about['commit']}.")
     return "\n\n".join(parts)
 
 
