@@ -341,7 +341,7 @@ class Float(LinearPlan):
         return self.dense.float()
 
     def carry_out(self, kind):
-        from .integrations.transformers import float_layer
+        from .integrations.float_layers import float_layer
 
         super().carry_out(kind)
         return float_layer(self.layer, torch.bfloat16, kind, self.dense)
@@ -436,7 +436,7 @@ def low_rank(name: str, tuner, adapter_names) -> tuple[torch.Tensor, torch.Tenso
 
 def float_kinds(base: torch.nn.Module, tuners: dict) -> dict:
     """Name -> class of the float layer that a quantised one was: nn.Linear, or transformers' Conv1D."""
-    from .integrations.transformers import original_kinds
+    from .integrations.float_layers import original_kinds
 
     layers = {name: t.base_layer for name, t in tuners.items() if isinstance(t.base_layer, QuantizedLinear)}
     if hasattr(base, "save_pretrained"):

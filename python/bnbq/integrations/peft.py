@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .offload import is_offloaded
+
 
 def prepare_model_for_kbit_training(
     model,
@@ -83,7 +85,7 @@ def offloaded_modules(model: torch.nn.Module) -> dict:
         hook = getattr(module, "_hf_hook", None)
         devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", [hook])]
         runs_on = next((device for device in devices if device is not None), None)
-        if runs_on is not None and any(p is not None and p.is_meta for p in module._parameters.values()):
+        if runs_on is not None and is_offloaded(module):
             found[module] = torch.device(runs_on)
     return found
 

@@ -28,7 +28,7 @@ from . import register
 from .float_layers import float_layer, original_kinds
 from .model_card import UploadWithCard, card_beside_the_files
 from .order import put_floats_first
-from .parallel import parameters_may_be_cast
+from .parallel import parameters_may_be_cast, refuse_split
 from .ties import name_ties, untie_rest
 
 logger = logging.get_logger(__name__)
@@ -463,20 +463,6 @@ class BnbqQuantizer(HfQuantizer):
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-SPLITS = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size")
-"""What splits a model in Transformers' DistributedConfig; where experts are split (ep_size) one of these is set too."""
-
-
-def refuse_split(model) -> None:
-    """ValueError where Transformers would split the model before its weights are quantised, or verified."""
-    distributed = getattr(model.config, "distributed_config", None)
-    for key in SPLITS:
-        size = getattr(distributed, key, None) or 1
-        if size > 1:
-            raise ValueError(
-                f"bnbq: a quantised model cannot be split while it is loaded ({key} is {size}); load it with a "
-                "device_map, or whole in each process for DistributedDataParallel or FSDP2's fully_shard"
-            )
 
 
 def check_one_format(model, config) -> None:
